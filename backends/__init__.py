@@ -1,0 +1,1 @@
+"""Backends place workers and carry bytes to them. Imported as ``lightvllm.backends``."""

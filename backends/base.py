@@ -1,0 +1,95 @@
+"""The narrow waist: what an orchestrator must be able to do, and nothing about models.
+
+``DistributedExecutor`` is written against ``Backend`` alone, so that parity between orchestrators is a property
+of the construction. The contract, held by one test suite on every backend (``tests/test_backend_contract.py``):
+
+* ``place`` is all or nothing. It returns when every worker has answered; otherwise it cleans up and raises
+  PlacementError (or the worker's own ConfigError) saying what was missing.
+* Backends move bytes. A payload is encoded once and handed to ``call`` once per worker; a backend never decodes it.
+* ``call`` returns at once. One worker runs one call at a time, in the order in which ``call`` was called.
+* A worker that dies fails its pending futures with WorkerDied at once, and ``on_failure`` fires exactly once per
+  worker, never after ``shutdown`` has returned. A call to a dead worker gives a future that has failed already.
+* ``shutdown`` is idempotent, may be called at any moment from any thread, fails what is pending with Shutdown,
+  and leaves no process, actor, placement group, socket or shared memory behind.
+* No exception of ray, grpc or kubernetes crosses this border.
+
+Compiled graphs (``compile``) are not part of it yet; see docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Literal, Protocol
+
+import msgspec
+
+from lightvllm.errors import WorkerDied
+from lightvllm.messages import Buffer
+
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """What to place.
+
+    Attributes:
+        world_size: number of workers.
+        worker_class: ``"package.module:Class"``, constructed without arguments on the worker's side.
+        gpus_per_worker: GPUs reserved for each worker; 0 on CPUs.
+        cpus_per_worker: CPUs reserved for each worker, where the orchestrator counts them.
+        strategy: over nodes; PACK and SPREAD are wishes, the STRICT ones are conditions.
+        env: environment variables for the workers, set before ``worker_class`` is imported.
+            A variable that a worker's own environment has already is not overwritten.
+    """
+
+    world_size: int
+    worker_class: str
+    gpus_per_worker: int = 0
+    cpus_per_worker: int = 1
+    strategy: Strategy = "PACK"
+    env: Mapping[str, str] = {}
+
+
+class WorkerRef(msgspec.Struct, frozen=True):
+    """A placed worker. It carries no rank: ranks are dealt after placement (``executors/ranks.py``).
+
+    Attributes:
+        id: unique within its backend; names the worker in messages.
+        node: the node's name or address; equal for workers on one node.
+        address: where it listens, or ``""``.
+        device_ids: GPUs that it sees.
+        index: position in the order of placement (the pod's index, the bundle's index).
+        pid: process id on its node, for messages and tests.
+    """
+
+    id: str
+    node: str
+    address: str = ""
+    device_ids: tuple[str, ...] = ()
+    index: int = 0
+    pid: int = 0
+
+
+OnFailure = Callable[[WorkerRef, WorkerDied], None]
+Progress = Callable[[str], None]
+"""Told, in a few words, what is being waited for: "workers 1/2 ready"."""
+
+
+class Backend(Protocol):
+    """See the module's docstring for the contract of each method."""
+
+    name: str
+    driver_node: str
+    """The node that the driver runs on, in the terms of ``WorkerRef.node``."""
+
+    def place(
+        self, request: Placement, on_failure: OnFailure, timeout: float, progress: Progress | None = None
+    ) -> Sequence[WorkerRef]:
+        """Start or find ``request.world_size`` workers within ``timeout`` seconds. Called once."""
+
+    def call(self, worker: WorkerRef, method: str, payload: Buffer) -> Future[Buffer]:
+        """Have ``worker`` run ``messages.invoke(method, payload)``; the future gives its reply."""
+
+    def shutdown(self, timeout: float = 5.0) -> None:
+        """End every worker, with force where it does not end by itself within ``timeout`` seconds."""

@@ -1,0 +1,238 @@
+"""What driver and workers say to each other, and how it becomes bytes.
+
+Two encodings, told apart by a payload's first byte:
+
+* **typed** (msgspec, MessagePack): the methods of ``TYPED_METHODS``, which are all that the lightvllm engine calls.
+  Decoding can only ever produce the types declared here.
+* **pickled** (cloudpickle): everything else, such as a callable given to ``collective_rpc`` or another engine's
+  objects. Unpickling runs code, so a payload may be decoded only on a connection that has proved who it is;
+  the backends see to that before a payload reaches ``decode_call``.
+
+A backend moves these bytes and knows none of the types.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cloudpickle
+import msgspec
+
+from lightvllm.config import EngineConfig
+from lightvllm.errors import ConfigError, LightvllmError, WorkerError
+from lightvllm.sampling_params import SamplingParams
+
+Buffer = bytes | bytearray | memoryview
+
+# ---------------------------------------------------------------------------------------------- start-up
+
+
+class WorkerInit(msgspec.Struct, frozen=True, kw_only=True):
+    """Who a worker is. ``local_rank`` counts the workers on its node, for choosing a device and sharing cores."""
+
+    rank: int
+    local_rank: int
+    local_world_size: int
+    world_size: int
+    config: EngineConfig
+
+
+class CacheSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What one block of KV cache costs this worker, bytes (its layers, its heads, K and V)."""
+
+    bytes_per_block: int
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker says of itself after ``load_model``."""
+
+    rank: int
+    device: str
+    threads: int
+    attention_backend: str
+    kernels: str
+    parameter_bytes: int
+
+
+# ------------------------------------------------------------------------------------------------- a step
+
+
+class NewSequence(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that the workers do not know: a new one, or one that was preempted and comes again.
+
+    ``token_ids`` are the prompt and, after a preemption, what had been generated; ``prompt_len`` tells them apart
+    (penalties count the generated ones). ``seed`` is always set: the driver draws one where the user gave none.
+    """
+
+    seq_id: int
+    token_ids: list[int]
+    prompt_len: int
+    seed: int
+    sampling: SamplingParams
+    stop_token_ids: list[int]  # tokens that may not be sampled before min_tokens
+
+
+class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence's share of a step: compute positions ``start`` to ``start + count - 1``.
+
+    ``new_token_ids`` are appended to the worker's copy of the sequence first (the token sampled last);
+    ``new_block_ids`` to its block table. A token is sampled exactly when ``start + count`` is the sequence's length.
+    """
+
+    seq_id: int
+    start: int
+    count: int
+    new_token_ids: list[int]
+    new_block_ids: list[int]
+
+
+class StepInput(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the workers need for one step. The order of ``scheduled`` is the order of the rows of the batch."""
+
+    step: int
+    finished: list[int] = []  # sequences to forget, before anything else is done
+    new: list[NewSequence] = []
+    scheduled: list[ScheduledSequence] = []
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """The chosen token's log-probability and rank (1 is the best), and the most probable tokens, best first."""
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Tensor(msgspec.Struct, frozen=True):
+    """A dense tensor by value: row-major bytes. ``numpy()`` for the dtypes that numpy has."""
+
+    dtype: str
+    shape: list[int]
+    data: bytes
+
+    def numpy(self) -> Any:
+        import numpy as np
+
+        return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """A step's result, one entry per sequence that was sampled, in the order of ``StepInput.scheduled``.
+
+    Attributes:
+        model_seconds: time the output rank spent in this step, sampling included.
+        logits: float32, [sampled, vocab_size], before penalties; only if ``EngineConfig.return_logits``.
+    """
+
+    step: int
+    seq_ids: list[int]
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = {}  # by seq_id
+    model_seconds: float = 0.0
+    logits: Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------- encoding
+
+
+class _Method(msgspec.Struct, frozen=True):
+    args: Any  # a tuple type
+    result: Any
+
+
+TYPED_METHODS: dict[str, _Method] = {
+    "init_worker": _Method(tuple[WorkerInit], None),
+    "open_rendezvous": _Method(tuple[()], str),
+    "init_device": _Method(tuple[str], None),
+    "load_model": _Method(tuple[()], WorkerInfo),
+    "get_kv_cache_spec": _Method(tuple[()], CacheSpec),
+    "determine_available_memory": _Method(tuple[()], int),
+    "initialize_from_config": _Method(tuple[int], None),
+    "compile_or_warm_up_model": _Method(tuple[()], None),
+    "execute_model": _Method(tuple[StepInput], StepOutput | None),
+    "reset_sequences": _Method(tuple[()], None),
+    "check_health": _Method(tuple[()], None),
+}
+
+CALLABLE = "<callable>"  # the method name under which a pickled callable travels
+_TYPED, _PICKLED, _FAILED = b"t", b"p", b"f"
+
+
+class RemoteFailure(msgspec.Struct, frozen=True):
+    """An exception, as text: its class, its message, its traceback, and whether its text is meant for users."""
+
+    kind: str
+    message: str
+    traceback: str
+    is_config_error: bool = False
+
+
+@functools.cache
+def _decoder(type_: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(type_)
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_call(
+    method: str | Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None
+) -> tuple[str, bytes]:
+    """``(method name, payload)`` of a call. A callable receives the worker as its first argument, as in vLLM."""
+    if callable(method):
+        return CALLABLE, _PICKLED + cloudpickle.dumps((method, tuple(args), kwargs or {}))
+    if method in TYPED_METHODS and not kwargs:
+        return method, _TYPED + _encoder.encode(tuple(args))
+    return method, _PICKLED + cloudpickle.dumps((tuple(args), kwargs or {}))
+
+
+def invoke(worker: object, method: str, payload: Buffer) -> bytes:
+    """Decode a call, make it on ``worker``, and encode what comes of it; never raises an Exception.
+
+    Only for payloads from an authenticated peer. An exception of the method becomes a failure that
+    ``decode_reply`` raises at the caller.
+    """
+    try:
+        tag, body = bytes(payload[:1]), memoryview(payload)[1:]
+        if tag == _TYPED:
+            declared = TYPED_METHODS[method]
+            result = getattr(worker, method)(*_decoder(declared.args).decode(body))
+            return _TYPED + _encoder.encode(result)
+        if tag != _PICKLED:
+            raise ConfigError(f"unknown payload tag {tag!r}; expected {_TYPED!r} or {_PICKLED!r}")
+        if method == CALLABLE:
+            function, args, kwargs = pickle.loads(body)  # noqa: S301  authenticated, see the module's docstring
+            result = function(worker, *args, **kwargs)
+        else:
+            args, kwargs = pickle.loads(body)  # noqa: S301
+            result = getattr(worker, method)(*args, **kwargs)
+        return _PICKLED + bytes(cloudpickle.dumps(result))
+    except Exception as error:  # noqa: BLE001  whatever it is, the caller gets it
+        return encode_failure(error)
+
+
+def encode_failure(error: BaseException) -> bytes:
+    text = "".join(traceback.format_exception(error))
+    return _FAILED + _encoder.encode(
+        RemoteFailure(type(error).__name__, str(error), text, isinstance(error, ConfigError))
+    )
+
+
+def decode_reply(method: str, reply: Buffer, rank: int | None = None) -> Any:
+    """The result of a call, or its exception: ConfigError for one that is the user's to mend, else WorkerError."""
+    tag, body = bytes(reply[:1]), memoryview(reply)[1:]
+    if tag == _TYPED:
+        return _decoder(TYPED_METHODS[method].result).decode(body)
+    if tag == _PICKLED:
+        return pickle.loads(body)  # noqa: S301  from a worker that this driver started or authenticated
+    if tag == _FAILED:
+        failure = _decoder(RemoteFailure).decode(body)
+        if failure.is_config_error:
+            raise ConfigError(failure.message)
+        raise WorkerError(rank, method, failure.kind, failure.message, failure.traceback)
+    raise LightvllmError(f"unknown reply tag {tag!r} from rank {rank}; do driver and worker run the same lightvllm?")
