@@ -1,0 +1,47 @@
+# make demo · make test · make lint · make bench-engine          (all can be repeated; the second time is quick)
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEMO_MODEL := smollm2-135m
+
+export HF_HUB_OFFLINE ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: demo test lint proto bench-engine clean
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; give another with PYTHON=python3.x (3.11 to 3.13)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+
+# torch is named first: without the pin a resolver takes the newest one, with gigabytes of CUDA packages.
+$(VENV)/installed: pyproject.toml $(BIN)/python
+	$(PIP) install --quiet --only-binary :all: "torch>=2.11,<2.14" "transformers==5.19.0" "ray[default]==2.60.0"
+	$(PIP) install --quiet --editable ".[ray,k8s,parity,test]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/lightvllm models get $(DEMO_MODEL)
+	$(BIN)/lightvllm parity $(DEMO_MODEL) --executors uniproc,ray,k8s --layouts 1x1,1x2,3x1
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+proto: $(VENV)/installed
+	$(BIN)/python proto/generate.py
+
+# Our engine, transformers and vLLM's CPU build on the same weights, interleaved.
+bench-engine: $(VENV)/installed
+	$(BIN)/python benchmarks/install_vllm.py .venv-vllm
+	$(BIN)/lightvllm models get $(DEMO_MODEL)
+	$(BIN)/python benchmarks/engine.py $(DEMO_MODEL) --vllm-python .venv-vllm/bin/python
+
+clean:
+	rm -rf $(VENV) .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,258 @@
+"""The one distributed executor: vLLM's interface over any ``Backend``.
+
+It deals the ranks, encodes a call once, sends it to every worker, and gathers the replies in rank order. It knows no
+orchestrator (that is the backend's part) and no model (that is the workers' part); which engine's workers they are only
+shows in ``Placement.worker_class``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+from lightvllm.backends.base import Backend, Placement, Progress, WorkerRef
+from lightvllm.config import ParallelConfig
+from lightvllm.errors import LightvllmError, RpcTimeout, Shutdown, WorkerDied
+from lightvllm.executors.base import Executor, FailureCallback
+from lightvllm.executors.ranks import deal_ranks, local_ranks
+from lightvllm.messages import Buffer, decode_reply, encode_call
+
+HEALTH_TIMEOUT = 10.0
+
+
+class DistributedExecutor(Executor):
+    """Places workers when made; raises PlacementError, leaving nothing behind, when it cannot.
+
+    Args:
+        backend: where the workers run; the executor owns it from now on and shuts it down.
+        placement: what to place; its world size must be that of ``parallel``.
+        parallel: the layout.
+        start_timeout: seconds until every worker must have answered for the first time.
+        rpc_timeout: seconds for a call that names no time-out of its own.
+        step_timeout: seconds for ``execute_model`` and ``sample_tokens``.
+        shutdown_timeout: seconds that workers get to end by themselves.
+        progress: told what is being waited for.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        placement: Placement,
+        parallel: ParallelConfig,
+        *,
+        start_timeout: float = 120.0,
+        rpc_timeout: float = 600.0,
+        step_timeout: float = 300.0,
+        shutdown_timeout: float = 1.0,
+        progress: Progress | None = None,
+    ) -> None:
+        self.backend = backend
+        self.parallel = parallel
+        self.uses_ray = backend.name == "ray"
+        self._rpc_timeout = rpc_timeout
+        self._step_timeout = step_timeout
+        self._shutdown_timeout = shutdown_timeout
+        self._send_lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the four below
+        self._failure: LightvllmError | None = None
+        self._callbacks: list[FailureCallback] = []
+        self._pending: set[_Gathering] = set()
+        self._ranks: dict[str, int] = {}
+        self.workers: list[WorkerRef] = []
+        try:
+            placed = backend.place(placement, self._on_failure, start_timeout, progress)
+            self.workers = deal_ranks(
+                placed, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, backend.driver_node
+            )
+        except BaseException:
+            self.shutdown()
+            raise
+        self._ranks = {worker.id: rank for rank, worker in enumerate(self.workers)}
+
+    @property
+    def world_size(self) -> int:
+        return self.parallel.world_size
+
+    @property
+    def output_rank(self) -> int:
+        return self.parallel.output_rank
+
+    @property
+    def max_concurrent_batches(self) -> int:
+        return self.parallel.pipeline_parallel_size
+
+    @property
+    def step_timeout(self) -> float:
+        return self._step_timeout
+
+    @property
+    def local_ranks(self) -> list[tuple[int, int]]:
+        """``(local_rank, local_world_size)`` of each rank on its node."""
+        return local_ranks(self.workers)
+
+    # ------------------------------------------------------------------------------------------------- calls
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        non_block: bool = False,
+        unique_reply_rank: int | None = None,
+    ) -> Any:
+        name, payload = encode_call(method, args, dict(kwargs or {}))
+        future = self._send(name, enumerate([payload] * len(self.workers)), timeout, unique_reply_rank)
+        return future if non_block else future.result()
+
+    def scatter_rpc(
+        self,
+        method: str,
+        args_by_rank: Mapping[int, Sequence[Any]],
+        timeout: float | None = None,
+        on_reply: Callable[[int, int], None] | None = None,
+    ) -> list[Any]:
+        """Like ``collective_rpc``, but with each rank's own arguments, and only for the ranks named.
+
+        ``on_reply(answered, asked)`` is called as replies come in. The results are in the order of ``args_by_rank``.
+        """
+        calls = [(rank, encode_call(method, args, None)[1]) for rank, args in args_by_rank.items()]
+        results: list[Any] = self._send(method, calls, timeout, None, on_reply).result()
+        return results
+
+    def _send(
+        self,
+        name: str,
+        calls: Iterable[tuple[int, bytes]],
+        timeout: float | None,
+        reply_rank: int | None,
+        on_reply: Callable[[int, int], None] | None = None,
+    ) -> _Gathering:
+        if (failure := self._failed_with()) is not None:
+            raise failure
+        with self._send_lock:  # two threads' calls must reach every worker in the same order, or collectives deadlock
+            futures = [(rank, self.backend.call(self.workers[rank], name, payload)) for rank, payload in calls]
+        gathering = _Gathering(name, futures, reply_rank, self._rpc_timeout if timeout is None else timeout, on_reply)
+        with self._lock:
+            self._pending.add(gathering)
+        gathering.add_done_callback(lambda _: self._forget(gathering))
+        if (failure := self._failed_with()) is not None:  # it failed between the check and the registration
+            gathering.fail(failure)
+        gathering.start()
+        return gathering
+
+    def _forget(self, gathering: _Gathering) -> None:
+        with self._lock:
+            self._pending.discard(gathering)
+
+    def _failed_with(self) -> LightvllmError | None:
+        with self._lock:
+            return self._failure
+
+    # ---------------------------------------------------------------------------------------------- failure
+
+    def _on_failure(self, worker: WorkerRef, died: WorkerDied) -> None:
+        self._fail(WorkerDied(died.worker, died.reason, self._ranks.get(worker.id)))
+
+    def _fail(self, failure: LightvllmError) -> None:
+        with self._lock:
+            if self._failure is not None:
+                return
+            self._failure = failure
+            callbacks, self._callbacks = self._callbacks, []
+            pending = list(self._pending)
+        for gathering in pending:
+            gathering.fail(failure)
+        if isinstance(failure, WorkerDied):
+            for callback in callbacks:
+                callback()
+
+    @property
+    def is_failed(self) -> bool:
+        return isinstance(self._failure, WorkerDied)
+
+    def register_failure_callback(self, callback: FailureCallback) -> None:
+        with self._lock:
+            if self._failure is None:
+                self._callbacks.append(callback)
+                return
+        if self.is_failed:
+            callback()
+
+    def check_health(self) -> None:
+        self.collective_rpc("check_health", HEALTH_TIMEOUT)
+
+    def shutdown(self) -> None:
+        """End the workers. What is pending fails with Shutdown; later calls raise it."""
+        self._fail(Shutdown("the executor has been shut down"))
+        self.backend.shutdown(self._shutdown_timeout)
+
+
+class _Gathering(Future[Any]):
+    """The future of a collective call: done when every rank has replied, failed when the first one fails.
+
+    Replies of ranks whose result is not asked for are still looked at, so that no rank's error is lost.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        futures: list[tuple[int, Future[Buffer]]],
+        reply_rank: int | None,
+        timeout: float,
+        on_reply: Callable[[int, int], None] | None,
+    ) -> None:
+        super().__init__()
+        self._method = method
+        self._futures = futures  # held until done: a dropped gRPC future would cancel its call
+        self._reply_rank = reply_rank
+        self._timeout = timeout
+        self._on_reply = on_reply
+        self._missing = {rank for rank, _ in futures}
+        self._results: dict[int, Any] = {}
+        self._guard = threading.RLock()
+        self.set_running_or_notify_cancel()  # a call that has been sent cannot be cancelled
+
+    def start(self) -> None:
+        for rank, future in self._futures:
+            future.add_done_callback(lambda done, rank=rank: self._replied(rank, done))  # type: ignore[misc]
+
+    def fail(self, error: BaseException) -> None:
+        with self._guard:
+            if not self.done():
+                self.set_exception(error)
+
+    def _replied(self, rank: int, future: Future[Buffer]) -> None:
+        try:
+            result = decode_reply(self._method, future.result(), rank)
+        except WorkerDied as died:
+            return self.fail(WorkerDied(died.worker, died.reason, rank))
+        except (LightvllmError, CancelledError) as error:
+            return self.fail(error)
+        except Exception as error:  # noqa: BLE001  a reply that cannot be decoded must not leave the caller waiting
+            return self.fail(LightvllmError(f"rank {rank}: the reply to {self._method} cannot be read: {error!r}"))
+        with self._guard:
+            if self.done():
+                return None
+            self._results[rank] = result
+            self._missing.discard(rank)
+            last = not self._missing
+            if last and self._reply_rank is not None:
+                self.set_result(self._results[self._reply_rank])
+            elif last:
+                self.set_result([self._results[rank] for rank, _ in self._futures])
+        if self._on_reply is not None:
+            self._on_reply(len(self._futures) - len(self._missing), len(self._futures))
+        return None
+
+    def result(self, timeout: float | None = None) -> Any:
+        limit = self._timeout if timeout is None else timeout
+        try:
+            return super().result(limit)
+        except TimeoutError:
+            if self.done():
+                raise  # the call's own error
+            missing = ", ".join(str(rank) for rank in sorted(self._missing))
+            raise RpcTimeout(f"{self._method}: no reply from rank {missing} within {limit:g} s") from None

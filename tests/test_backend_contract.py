@@ -1,0 +1,278 @@
+"""The contract of ``backends/base.py``, the same tests on every backend.
+
+Backends whose workers are processes are also held to the tests that kill one; the in-process backend ends a worker by
+SystemExit instead.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from lightvllm.backends.base import Backend, Placement, WorkerRef
+from lightvllm.backends.inprocess import InProcessBackend
+from lightvllm.errors import ConfigError, LightvllmError, PlacementError, Shutdown, WorkerDied, WorkerError
+from lightvllm.messages import decode_reply, encode_call
+
+WORKER = "contract_worker:ContractWorker"
+LIMIT = 60.0  # seconds that any wait of these tests may take
+
+
+def make_inprocess() -> Backend:
+    return InProcessBackend()
+
+
+def make_k8s() -> Backend:
+    pytest.importorskip("grpc", reason="the k8s extra is not installed")
+    from lightvllm.backends.k8s.backend import KubernetesBackend
+
+    return KubernetesBackend()
+
+
+def make_ray() -> Backend:
+    pytest.importorskip("ray", reason="the ray extra is not installed")
+    from lightvllm.backends.ray.backend import RayBackend
+
+    return RayBackend()
+
+
+BACKENDS = {"uniproc": make_inprocess, "k8s": make_k8s, "ray": make_ray}
+MARKS = {"ray": [pytest.mark.ray]}
+ALL = [pytest.param(name, marks=MARKS.get(name, [])) for name in BACKENDS]
+PROCESSES = [pytest.param(name, marks=MARKS.get(name, [])) for name in ("k8s", "ray")]
+
+
+class Failures:
+    """Collects ``on_failure`` reports."""
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[WorkerRef, WorkerDied]] = []
+        self.arrived = threading.Event()
+
+    def __call__(self, worker: WorkerRef, died: WorkerDied) -> None:
+        self.reports.append((worker, died))
+        self.arrived.set()
+
+
+def send(backend: Backend, worker: WorkerRef, method: str | Callable[..., Any], *args: Any) -> Future[Any]:
+    return backend.call(worker, *encode_call(method, args, None))
+
+
+def ask(backend: Backend, worker: WorkerRef, method: str | Callable[..., Any], *args: Any) -> Any:
+    name = method if isinstance(method, str) else "<callable>"
+    return decode_reply(name, send(backend, worker, method, *args).result(LIMIT))
+
+
+def wait_until(condition: Callable[[], bool], what: str, limit: float = LIMIT) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {limit:g} s: {what}"
+        time.sleep(0.01)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture
+def failures() -> Failures:
+    return Failures()
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    made = BACKENDS[request.param]()
+    yield made
+    made.shutdown(0.5)
+
+
+@pytest.fixture
+def placed(backend: Backend, failures: Failures) -> list[WorkerRef]:
+    return list(backend.place(Placement(world_size=2, worker_class=WORKER), failures, LIMIT))
+
+
+@pytest.mark.parametrize("backend", ALL, indirect=True)
+class TestEveryBackend:
+    def test_placed_workers_answer_and_are_told_apart(self, backend: Backend, placed: list[WorkerRef]) -> None:
+        assert len(placed) == 2
+        assert len({worker.id for worker in placed}) == 2
+        assert sorted(worker.index for worker in placed) == [0, 1]
+        assert {worker.node for worker in placed} == {backend.driver_node}
+        for worker in placed:
+            assert ask(backend, worker, "echo", {"a": [1, b"\x00"]}) == {"a": [1, b"\x00"]}
+            assert ask(backend, worker, "pid") == worker.pid
+
+    def test_calls_run_one_at_a_time_in_the_order_sent(self, backend: Backend, placed: list[WorkerRef]) -> None:
+        futures = [(worker, send(backend, worker, "append", i)) for i in range(100) for worker in placed]
+        for _, future in futures:
+            future.result(LIMIT)
+        for worker in placed:
+            assert ask(backend, worker, "read_log") == (list(range(100)), 0)
+
+    def test_an_error_is_the_replys_and_the_worker_goes_on(self, backend: Backend, placed: list[WorkerRef]) -> None:
+        with pytest.raises(WorkerError, match="ValueError: no good") as caught:
+            ask(backend, placed[0], "boom", "no good")
+        assert caught.value.kind == "ValueError"
+        assert "in boom" in caught.value.remote_traceback
+        with pytest.raises(WorkerError, match="has no attribute 'no_such_method'"):
+            ask(backend, placed[0], "no_such_method")
+        assert ask(backend, placed[0], "echo", 1) == 1
+
+    def test_a_callable_gets_the_worker(self, backend: Backend, placed: list[WorkerRef]) -> None:
+        assert ask(backend, placed[1], lambda worker, x: (type(worker).__name__, x), 7) == ("ContractWorker", 7)
+
+    def test_a_large_payload_arrives_whole(self, backend: Backend, placed: list[WorkerRef]) -> None:
+        blob = os.urandom(1 << 20) * 24
+        assert ask(backend, placed[0], "echo", blob) == blob
+
+    def test_a_constructor_that_raises_is_a_placement_error(self, backend: Backend, failures: Failures) -> None:
+        with pytest.raises(PlacementError, match="no such device"):
+            backend.place(Placement(world_size=2, worker_class="contract_worker:FailsToStart"), failures, LIMIT)
+
+    @pytest.mark.parametrize("name", ["contract_worker:Missing", "no_such_module:Worker", "malformed"])
+    def test_a_class_that_cannot_be_had_is_named(self, backend: Backend, failures: Failures, name: str) -> None:
+        with pytest.raises((PlacementError, ConfigError), match=name):
+            backend.place(Placement(world_size=2, worker_class=name), failures, LIMIT)
+
+    def test_placement_that_takes_too_long_is_undone(self, backend: Backend, failures: Failures) -> None:
+        started = time.monotonic()
+        with pytest.raises(PlacementError, match="0 of 1 workers"):
+            backend.place(Placement(world_size=1, worker_class="contract_worker:HangsAtStart"), failures, 8.0)
+        assert time.monotonic() - started < 30
+
+    def test_environment_reaches_workers_but_overwrites_nothing(
+        self, backend: Backend, failures: Failures, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("LIGHTVLLM_TEST_NEW", raising=False)
+        env = {"LIGHTVLLM_TEST_NEW": "there", "PATH": "/nowhere"}
+        (worker,) = backend.place(Placement(world_size=1, worker_class=WORKER, env=env), failures, LIMIT)
+        assert ask(backend, worker, "getenv", "LIGHTVLLM_TEST_NEW") == "there"
+        assert ask(backend, worker, "getenv", "PATH") not in (None, "/nowhere")
+        os.environ.pop("LIGHTVLLM_TEST_NEW", None)  # the in-process worker's environment is ours
+
+    def test_shutdown_fails_what_is_pending_and_can_be_repeated(
+        self, backend: Backend, placed: list[WorkerRef], failures: Failures, tmp_path: Path
+    ) -> None:
+        flag = tmp_path / "running"
+        running = send(backend, placed[0], "touch_and_hang", str(flag))
+        queued = send(backend, placed[0], "echo", 1)
+        wait_until(flag.exists, "the call to begin")
+        backend.shutdown(0.5)
+        backend.shutdown(0.5)
+        for future in (running, queued, send(backend, placed[0], "echo", 1)):
+            with pytest.raises(Shutdown):
+                future.result(LIMIT)
+        assert failures.reports == []
+
+    def test_a_worker_that_exits_is_reported_once(
+        self, backend: Backend, placed: list[WorkerRef], failures: Failures
+    ) -> None:
+        dying, well = placed
+        future = send(backend, dying, "exit_yourself", 3)
+        with pytest.raises(WorkerDied):
+            future.result(LIMIT)
+        assert failures.arrived.wait(LIMIT)
+        with pytest.raises(WorkerDied):
+            send(backend, dying, "echo", 1).result(LIMIT)
+        assert ask(backend, well, "echo", 1) == 1
+        backend.shutdown()
+        assert [(worker.id, died.worker) for worker, died in failures.reports] == [(dying.id, dying.id)]
+
+    def test_shutdown_from_another_thread_ends_a_wait(
+        self, backend: Backend, placed: list[WorkerRef], tmp_path: Path
+    ) -> None:
+        flag = tmp_path / "running"
+        future = send(backend, placed[0], "touch_and_hang", str(flag))
+        wait_until(flag.exists, "the call to begin")
+        thread = threading.Thread(target=backend.shutdown, args=(0.5,))
+        thread.start()
+        with pytest.raises(Shutdown):
+            future.result(LIMIT)
+        thread.join(LIMIT)
+        assert not thread.is_alive()
+
+    def test_only_our_own_exceptions_come_out(self, backend: Backend, placed: list[WorkerRef]) -> None:
+        seen: list[BaseException] = []
+        for method, args in (("boom", ("x",)), ("no_such_method", ()), ("echo", (1, 2, 3)), ("exit_yourself", (1,))):
+            try:
+                ask(backend, placed[0], method, *args)
+            except BaseException as error:  # noqa: BLE001  the point of the test
+                seen.append(error)
+        assert len(seen) == 4
+        for error in seen:
+            assert isinstance(error, LightvllmError)
+            assert type(error).__module__ == "lightvllm.errors"
+
+
+@pytest.mark.parametrize("backend", PROCESSES, indirect=True)
+class TestProcessBackends:
+    def test_sigkill_in_mid_call_fails_pending_futures_at_once(
+        self, backend: Backend, placed: list[WorkerRef], failures: Failures, tmp_path: Path
+    ) -> None:
+        dying, well = placed
+        flag = tmp_path / "running"
+        running = send(backend, dying, "touch_and_hang", str(flag))
+        queued = [send(backend, dying, "echo", i) for i in range(3)]
+        wait_until(flag.exists, "the call to begin")
+        os.kill(dying.pid, signal.SIGKILL)
+        for future in (running, *queued):
+            with pytest.raises(WorkerDied):
+                future.result(5.0)  # far below the 60 s that the call would have taken
+        assert failures.arrived.wait(5.0)
+        assert ask(backend, well, "echo", 1) == 1
+        backend.shutdown()
+        assert [worker.id for worker, _ in failures.reports] == [dying.id]
+
+    def test_sigkill_of_an_idle_worker_is_noticed(
+        self, backend: Backend, placed: list[WorkerRef], failures: Failures
+    ) -> None:
+        os.kill(placed[1].pid, signal.SIGKILL)
+        assert failures.arrived.wait(5.0)
+        assert failures.reports[0][0].id == placed[1].id
+
+    def test_shutdown_leaves_no_process_even_of_a_hung_call(
+        self, backend: Backend, placed: list[WorkerRef], tmp_path: Path
+    ) -> None:
+        flag = tmp_path / "running"
+        send(backend, placed[0], "touch_and_hang", str(flag))
+        wait_until(flag.exists, "the call to begin")
+        backend.shutdown(0.5)
+        wait_until(lambda: all(gone(worker.pid) for worker in placed), "the workers to be gone", 5.0)
+
+    def test_failed_placement_leaves_no_process(self, backend: Backend, failures: Failures) -> None:
+        before = {child.pid for child in psutil.Process().children(recursive=True)}
+        with pytest.raises(PlacementError):
+            backend.place(Placement(world_size=2, worker_class="contract_worker:FailsToStart"), failures, LIMIT)
+        backend.shutdown()
+
+        def left_over() -> set[int]:
+            now = {child.pid for child in psutil.Process().children(recursive=True) if not gone(child.pid)}
+            return now - before
+
+        wait_until(lambda: not left_over(), f"no process left: {left_over()}", 10.0)
+
+    def test_two_backends_at_once_do_not_disturb_each_other(
+        self, backend: Backend, placed: list[WorkerRef], request: pytest.FixtureRequest
+    ) -> None:
+        other = BACKENDS[backend.name]()
+        try:
+            others = other.place(Placement(world_size=2, worker_class=WORKER), Failures(), LIMIT)
+            assert not {worker.pid for worker in others} & {worker.pid for worker in placed}
+            futures = [send(b, w, "append", 1) for b, ws in ((backend, placed), (other, others)) for w in ws]
+            for future in futures:
+                future.result(LIMIT)
+        finally:
+            other.shutdown()
+        assert [ask(backend, worker, "append", 2) for worker in placed] == [2, 2]
