@@ -18,13 +18,14 @@ Compiled graphs (``compile``) are not part of it yet; see docs/architecture.md.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
-from lightvllm.errors import WorkerDied
+from lightvllm.errors import ConfigError, WorkerDied
 from lightvllm.messages import Buffer
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
@@ -93,3 +94,18 @@ class Backend(Protocol):
 
     def shutdown(self, timeout: float = 5.0) -> None:
         """End every worker, with force where it does not end by itself within ``timeout`` seconds."""
+
+
+def load_worker_class(name: str) -> Any:
+    """``"package.module:Class"`` to the class. Raises ConfigError for a malformed name or a missing class."""
+    module_name, _, class_name = name.partition(":")
+    if not module_name or not class_name:
+        raise ConfigError(f"worker class {name!r} is malformed; expected 'package.module:Class'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as missing:
+        raise ConfigError(f"worker class {name!r}: {missing}") from missing
+    try:
+        return getattr(module, class_name)
+    except AttributeError:
+        raise ConfigError(f"worker class {name!r}: module {module_name!r} has no class {class_name!r}") from None

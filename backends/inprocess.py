@@ -7,7 +7,6 @@ the (daemon) thread to end with it.
 
 from __future__ import annotations
 
-import importlib
 import os
 import queue
 import socket
@@ -15,26 +14,10 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
 
-from lightvllm.backends.base import OnFailure, Placement, Progress, WorkerRef
+from lightvllm.backends.base import OnFailure, Placement, Progress, WorkerRef, load_worker_class
 from lightvllm.errors import ConfigError, PlacementError, Shutdown, WorkerDied
 from lightvllm.messages import Buffer, invoke
-
-
-def load_worker_class(name: str) -> Any:
-    """``"package.module:Class"`` to the class. Raises ConfigError for a malformed name or a missing class."""
-    module_name, _, class_name = name.partition(":")
-    if not module_name or not class_name:
-        raise ConfigError(f"worker class {name!r} is malformed; expected 'package.module:Class'")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as missing:
-        raise ConfigError(f"worker class {name!r}: {missing}") from missing
-    try:
-        return getattr(module, class_name)
-    except AttributeError:
-        raise ConfigError(f"worker class {name!r}: module {module_name!r} has no class {class_name!r}") from None
 
 
 class _Worker:
