@@ -106,7 +106,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 path=str(folder),
                 architecture=architecture,
                 dtype=_dtype(dtype, raw),
-                max_model_len=max_model_len or context,
+                max_model_len=context if max_model_len is None else max_model_len,
                 vocab_size=int(raw["vocab_size"]),
                 hidden_size=hidden,
                 intermediate_size=int(raw["intermediate_size"]),
@@ -145,15 +145,21 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The layout: rank = pipeline rank × tensor_parallel_size + tensor rank."""
+    """The layout: rank = pipeline rank × tensor_parallel_size + tensor rank.
+
+    ``collective_timeout``: seconds that a worker waits for its peers in one collective operation.
+    """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    collective_timeout: float = 300.0
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; use 1 or more")
+        if not (math.isfinite(self.collective_timeout) and self.collective_timeout > 0):
+            raise ConfigError(f"collective_timeout={self.collective_timeout}; use a positive number of seconds")
 
     @property
     def world_size(self) -> int:

@@ -1,0 +1,75 @@
+"""What a caller gets: vLLM's ``RequestOutput`` and ``CompletionOutput``, with the same field names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightvllm.engine.sequence import FinishReason
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Log-probability of a token under the raw logits, its rank (1 is the most probable), and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One continuation of the prompt, as far as it has come.
+
+    Attributes:
+        index: of the sequence in its request, 0 to ``n`` - 1.
+        text: cumulative; while unfinished, without characters or stop strings that are not yet complete.
+        token_ids: cumulative, a stop or end-of-sequence token included.
+        cumulative_logprob: sum over ``token_ids``; None unless ``SamplingParams.logprobs`` is set.
+        logprobs: per token, by token id: the chosen one first, then the most probable ones.
+        finish_reason: ``"stop"``, ``"length"``, ``"abort"``, or None while unfinished.
+        stop_reason: the stop string or stop token id that ended it; None for the end-of-sequence token.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times are seconds of ``time.monotonic()``; None for what has not happened."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request's prompt and all its continuations.
+
+    Attributes:
+        prompt: the text, or None if token ids were given.
+        prompt_index: position of the prompt in the call of ``LLM`` that this belongs to.
+        num_cached_tokens: prompt tokens of the first sequence found in the prefix cache; None before it is scheduled.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    num_cached_tokens: int | None = None
+    prompt_index: int = 0

@@ -1,0 +1,247 @@
+"""Which tokens are computed in the next step: continuous batching, first come, first served.
+
+Pure: it knows no model, no executor and no time, and the same calls in the same order give the same batches.
+
+* **One kind of work.** A sequence has tokens, and keys and values for the first ``num_computed_tokens`` of them.
+  A step computes the next ones: the rest of a prompt or as much of it as the token budget allows (chunked prefill),
+  or the one token sampled last (decode). A token is sampled when a sequence has caught up with itself.
+* **Admission by memory.** A waiting sequence is admitted when blocks for all its tokens are free, and one more for
+  each running sequence; so a prefill once begun never lacks blocks, and admitting does not preempt at once.
+* **Preemption by recompute.** When a running sequence needs a block and none is free, the one that arrived last
+  gives up its blocks and waits again; its tokens stay, and are computed anew (or found in the prefix cache).
+
+Several batches may be in flight (``max_in_flight``, the pipeline's depth). What makes that safe:
+
+* Every worker executes the batches in the order in which they were scheduled. So blocks that a batch in flight
+  still uses may be given to a *later* batch at once, and a prefix may be shared as soon as the batch that computes
+  it is scheduled: whoever reads it comes later in the order. (Inside one batch, a layer writes the keys and values
+  of all rows before any row attends to them.)
+* A sequence in flight is neither scheduled nor preempted until its batch has been updated. It can be aborted; its
+  token is then dropped.
+* A batch takes at most its share of the sequences, so that the others can fill the other pipeline stages.
+
+What the workers are told: a sequence is in ``StepInput.new`` exactly when they do not know it, and in
+``StepInput.finished`` exactly once for each time that they knew it and shall no longer (finished or preempted).
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass
+
+from lightvllm.config import SchedulerConfig
+from lightvllm.engine.block_manager import BlockManager
+from lightvllm.engine.sequence import Sequence, SequenceStatus
+from lightvllm.messages import NewSequence, ScheduledSequence, StepInput
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """One step: the message to the workers, and the sequences that it speaks of.
+
+    Attributes:
+        step_input: what the workers get.
+        sequences: in the order of ``step_input.scheduled``.
+        sampled: those of them that get a token, in the same order.
+        num_tokens: tokens computed in this step.
+    """
+
+    step_input: StepInput
+    sequences: list[Sequence]
+    sampled: list[Sequence]
+    num_tokens: int
+
+
+def _arrival(seq: Sequence) -> int:
+    return seq.seq_id
+
+
+class Scheduler:
+    """See the module's docstring.
+
+    Args:
+        config: limits of one step; ``max_num_seqs`` also bounds the sequences that are running at a time.
+        num_blocks: blocks of the KV cache.
+        block_size: tokens per block.
+        enable_prefix_caching: share full blocks of equal prefixes.
+        max_in_flight: batches that may be scheduled before the first of them is updated.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        max_in_flight: int = 1,
+    ) -> None:
+        self.config = config
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.max_in_flight = max_in_flight
+        self.blocks = BlockManager(num_blocks)
+        self.waiting: list[Sequence] = []  # both in order of arrival
+        self.running: list[Sequence] = []
+        self._forget: list[int] = []  # for the next StepInput.finished
+        self._num_steps = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest sequence whose keys and values fit the cache, alone."""
+        return self.blocks.num_blocks * self.block_size
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence of at most ``max_tokens`` tokens; the engine has refused longer ones."""
+        assert seq.status is SequenceStatus.WAITING
+        assert len(seq.token_ids) <= self.max_tokens
+        insort(self.waiting, seq, key=_arrival)
+
+    def schedule(self) -> ScheduledBatch | None:
+        """The next batch, or None when nothing can be computed before a batch in flight is updated (or at all).
+
+        Never None while a sequence is unfinished and nothing is in flight: the oldest running sequence may preempt
+        all others, and alone it fits (the engine finishes a sequence that has grown beyond ``max_tokens``).
+        """
+        budget = self.config.max_num_batched_tokens
+        unfinished = min(len(self.running) + len(self.waiting), self.config.max_num_seqs)
+        max_rows = -(-unfinished // self.max_in_flight)
+        new: list[NewSequence] = []
+        rows: list[ScheduledSequence] = []
+        sequences: list[Sequence] = []
+        sampled: list[Sequence] = []
+        preempted = len(self._forget)
+
+        def take(seq: Sequence) -> None:
+            nonlocal budget
+            start, length = seq.num_computed_tokens, len(seq.token_ids)
+            count = min(length - start, budget)
+            budget -= count
+            rows.append(
+                ScheduledSequence(
+                    seq.seq_id,
+                    start,
+                    count,
+                    seq.token_ids[seq.num_sent_tokens :],
+                    seq.block_table[seq.num_sent_blocks :],
+                )
+            )
+            sequences.append(seq)
+            if start + count == length:
+                sampled.append(seq)
+            seq.num_sent_tokens, seq.num_sent_blocks = length, len(seq.block_table)
+            seq.num_computed_tokens = start + count
+            seq.in_flight = True
+            if self.enable_prefix_caching:
+                self._register(seq, start)
+
+        starved = False
+        for seq in self.running.copy():
+            if len(rows) == max_rows or not budget:
+                break
+            if seq.in_flight or seq.status is not SequenceStatus.RUNNING:  # the latter: preempted a moment ago
+                continue
+            if not self._grow(seq):
+                starved = True
+                break
+            take(seq)
+
+        if not starved and len(self._forget) == preempted:
+            while self.waiting and len(self.running) < self.config.max_num_seqs and len(rows) < max_rows and budget:
+                seq = self.waiting[0]
+                if not self._admit(seq):
+                    break
+                new.append(
+                    NewSequence(
+                        seq.seq_id,
+                        seq.token_ids.copy(),
+                        seq.prompt_len,
+                        seq.seed,
+                        seq.sampling,
+                        sorted(seq.stop_token_ids),
+                    )
+                )
+                seq.num_sent_tokens = len(seq.token_ids)
+                take(seq)
+
+        if not rows:
+            return None
+        self._num_steps += 1
+        step_input = StepInput(step=self._num_steps, finished=self._forget, new=new, scheduled=rows)
+        self._forget = []
+        return ScheduledBatch(step_input, sequences, sampled, self.config.max_num_batched_tokens - budget)
+
+    def update(self, batch: ScheduledBatch, token_ids: ListOf[int]) -> list[Sequence]:
+        """Append the tokens sampled for ``batch.sampled``; batches are updated in the order they were scheduled in.
+
+        Returns the sequences that got a token: all of ``batch.sampled`` but those that were aborted meanwhile.
+        """
+        for seq in batch.sequences:
+            seq.in_flight = False
+        alive = []
+        for seq, token_id in zip(batch.sampled, token_ids, strict=True):
+            if not seq.is_finished:
+                seq.token_ids.append(token_id)
+                alive.append(seq)
+        return alive
+
+    def finish(self, seq: Sequence) -> None:
+        """Take a sequence out, wherever it stands; its blocks may be used by the next batch."""
+        if seq.status is SequenceStatus.WAITING:
+            self.waiting.remove(seq)
+        elif seq.status is SequenceStatus.RUNNING:
+            self._evict(seq)
+        seq.status = SequenceStatus.FINISHED
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Move a waiting sequence to the running ones, with blocks for all its tokens, if they are free."""
+        # At least the last token is computed again, for its logits: it is never taken from the cache.
+        length, size = len(seq.token_ids), self.block_size
+        cached = self.blocks.match(seq.hashes((length - 1) // size, size)) if self.enable_prefix_caching else []
+        missing = -(-length // size) - len(cached)
+        if self.blocks.cost(cached, missing) + len(self.running) > self.blocks.num_free:
+            return False
+        seq.block_table = self.blocks.acquire(cached, missing)
+        seq.num_computed_tokens = len(cached) * size
+        if seq.num_cached_tokens < 0:
+            seq.num_cached_tokens = seq.num_computed_tokens
+        self.waiting.remove(seq)
+        insort(self.running, seq, key=_arrival)
+        seq.status = SequenceStatus.RUNNING
+        return True
+
+    def _grow(self, seq: Sequence) -> bool:
+        """See that a running sequence has blocks for all its tokens, preempting later arrivals if it must.
+
+        False if what is missing is held by earlier arrivals or by sequences in flight: it keeps what it has, and
+        waits for them.
+        """
+        missing = -(-len(seq.token_ids) // self.block_size) - len(seq.block_table)
+        if missing <= 0:
+            return True
+        while self.blocks.num_free < missing:
+            last = next((s for s in reversed(self.running) if not s.in_flight), seq)
+            if last.seq_id <= seq.seq_id:
+                return False
+            self._evict(last)
+            last.num_preemptions += 1
+            last.status = SequenceStatus.WAITING
+            insort(self.waiting, last, key=_arrival)
+        seq.block_table += self.blocks.acquire((), missing)
+        return True
+
+    def _evict(self, seq: Sequence) -> None:
+        """Take a running sequence's blocks away and have the workers forget it."""
+        self.running.remove(seq)
+        self.blocks.release(seq.block_table)
+        seq.block_table = []
+        seq.num_computed_tokens = seq.num_sent_tokens = seq.num_sent_blocks = 0
+        self._forget.append(seq.seq_id)
+
+    def _register(self, seq: Sequence, start: int) -> None:
+        """Make the blocks findable that are filled by the tokens from ``start`` on, now scheduled."""
+        first, end = start // self.block_size, seq.num_computed_tokens // self.block_size
+        if first < end:
+            for index, digest in enumerate(seq.hashes(end, self.block_size)[first:], first):
+                self.blocks.register(seq.block_table[index], digest)

@@ -1,0 +1,82 @@
+"""One sequence: its tokens, and where it stands with the scheduler and the workers.
+
+Plain data. The scheduler alone changes ``status`` and everything below it; the engine sets the finish reason.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightvllm.engine.block_manager import hash_block
+from lightvllm.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = "waiting"  # not yet admitted, or preempted: holds no block, and the workers do not know it
+    RUNNING = "running"  # holds blocks for all its tokens but, at times, the last; the workers know it
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One continuation of a prompt.
+
+    Attributes:
+        seq_id: unique in the engine and ascending by arrival: it is the sequence's priority.
+        request_id: of the request it belongs to.
+        token_ids: prompt, then output; only ever appended to.
+        prompt_len: how many of them are the prompt.
+        seed: of its random numbers, always set.
+        stop_token_ids: end-of-sequence and stop tokens that end it.
+        finish_reason: ``"stop"`` (end-of-sequence, stop token or stop string), ``"length"`` or ``"abort"``.
+        stop_reason: the stop token or stop string that ended it; None for the end-of-sequence token, as in vLLM.
+        in_flight: it is in a batch whose result has not been seen yet.
+        num_computed_tokens: tokens whose keys and values are in the cache, those in flight included.
+        num_sent_tokens, num_sent_blocks: how much of ``token_ids`` and ``block_table`` the workers were told.
+        num_cached_tokens: prompt tokens found in the prefix cache when it was first admitted; -1 before.
+        block_hashes: hashes of its full blocks, as far as computed.
+    """
+
+    seq_id: int
+    request_id: str
+    token_ids: list[int]
+    prompt_len: int
+    seed: int
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int] = frozenset()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    status: SequenceStatus = SequenceStatus.WAITING
+    in_flight: bool = False
+    num_computed_tokens: int = 0
+    num_sent_tokens: int = 0
+    num_sent_blocks: int = 0
+    num_cached_tokens: int = -1
+    num_preemptions: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    def hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
+        """Hashes of its first ``num_blocks`` blocks, which must be full; each is computed once."""
+        known = self.block_hashes
+        while len(known) < num_blocks:
+            start = len(known) * block_size
+            parent = known[-1] if known else b""
+            known.append(hash_block(parent, self.token_ids[start : start + block_size]))
+        return known[:num_blocks]
