@@ -4,6 +4,8 @@
 kernels once. The meaning, shapes and dtypes of each are documented in ``reference.py``.
 """
 
+from typing import Literal
+
 from lightvllm.kernels.reference import (
     fused_add_rms_norm,
     linear,
@@ -15,6 +17,7 @@ from lightvllm.kernels.reference import (
 )
 
 __all__ = [
+    "compiled",
     "fused_add_rms_norm",
     "linear",
     "paged_attention",
@@ -22,4 +25,14 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
+    "use",
 ]
+
+
+def use(which: Literal["auto", "reference"]) -> None:
+    """Choose the kernels of this process. There are only the references yet, so both choices are the same."""
+
+
+def compiled() -> bool:
+    """Whether compiled kernels are in use."""
+    return False

@@ -1,0 +1,140 @@
+"""What a worker remembers of its sequences, and how a step's share of them becomes one flat batch.
+
+Knows no model. Every rank keeps the same state, fed by the same ``StepInput``; only what changed is sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightvllm.errors import LightvllmError
+from lightvllm.layers.attention import AttentionMetadata
+from lightvllm.layers.sampler import SamplingState
+from lightvllm.messages import ScheduledSequence, StepInput
+
+
+class SequenceState:
+    """One sequence: how it is sampled (its tokens included), and the cache blocks that hold it."""
+
+    def __init__(self, sampling: SamplingState) -> None:
+        self.sampling = sampling
+        self.num_blocks = 0
+        self._blocks: np.ndarray[Any, np.dtype[np.int32]] = np.empty(16, np.int32)
+
+    @property
+    def blocks(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        return self._blocks[: self.num_blocks]
+
+    def add_blocks(self, block_ids: list[int]) -> None:
+        needed = self.num_blocks + len(block_ids)
+        if needed > len(self._blocks):
+            grown = np.empty(2 * needed, np.int32)
+            grown[: self.num_blocks] = self.blocks
+            self._blocks = grown
+        self._blocks[self.num_blocks : needed] = block_ids
+        self.num_blocks = needed
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step, flattened: T tokens of all scheduled sequences.
+
+    Attributes:
+        input_ids, positions: int64 [T].
+        sampled: the sequences that get a token, in order.
+        logits_rows: int64 [len(sampled)], the last row of each; None if that is every row.
+    """
+
+    num_tokens: int
+    input_ids: Tensor
+    positions: Tensor
+    metadata: AttentionMetadata
+    sampled: list[SequenceState]
+    seq_ids: list[int]
+    logits_rows: Tensor | None
+
+
+class SequenceTable:
+    """All sequences that this worker knows, by id."""
+
+    def __init__(self, block_size: int, num_blocks: int, max_model_len: int, device: torch.device) -> None:
+        self._block_size, self._num_blocks, self._max_model_len = block_size, num_blocks, max_model_len
+        self._device = device
+        self._sequences: dict[int, SequenceState] = {}
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def clear(self) -> None:
+        self._sequences.clear()
+
+    def update(self, step: StepInput) -> None:
+        """Forget what has finished, meet what is new (a preempted sequence that comes again replaces itself)."""
+        for seq_id in step.finished:
+            self._sequences.pop(seq_id, None)
+        for new in step.new:
+            self._sequences[new.seq_id] = SequenceState(
+                SamplingState(new.sampling, new.seed, new.prompt_len, new.stop_token_ids, list(new.token_ids))
+            )
+
+    def batch(self, scheduled: list[ScheduledSequence]) -> Batch:
+        """Take in the new tokens and blocks, and lay the batch out. ``scheduled`` is not empty."""
+        tokens: list[int] = []
+        sampled, seq_ids, rows, states = [], [], [], []
+        for item in scheduled:
+            state = self._sequences.get(item.seq_id)
+            if state is None:
+                raise LightvllmError(
+                    f"step schedules sequence {item.seq_id}, which this worker does not know; "
+                    "the driver must send it as new first (after reset_sequences, every sequence)"
+                )
+            sequence = state.sampling.token_ids
+            sequence.extend(item.new_token_ids)
+            state.add_blocks(item.new_block_ids)
+            end = item.start + item.count
+            self._check(item, state, end)
+            tokens += sequence[item.start : end]
+            if end == len(sequence):
+                sampled.append(state)
+                seq_ids.append(item.seq_id)
+                rows.append(len(tokens) - 1)
+            states.append(state)
+        starts = np.array([item.start for item in scheduled], np.int64)
+        counts = np.array([item.count for item in scheduled], np.int64)
+        block_tables = np.zeros((len(states), max(state.num_blocks for state in states)), np.int32)
+        for row, state in zip(block_tables, states, strict=True):
+            row[: state.num_blocks] = state.blocks
+        metadata, positions = AttentionMetadata.build(starts, counts, block_tables, self._block_size, self._device)
+        return Batch(
+            len(tokens),
+            torch.tensor(tokens, dtype=torch.int64, device=self._device),
+            positions,
+            metadata,
+            sampled,
+            seq_ids,
+            None if len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.int64, device=self._device),
+        )
+
+    def _check(self, item: ScheduledSequence, state: SequenceState, end: int) -> None:
+        """The driver keeps to these; a worker that did not look would write into another sequence's memory."""
+        length = len(state.sampling.token_ids)
+        if item.count < 1 or item.start < 0 or end > min(length, self._max_model_len):
+            raise LightvllmError(
+                f"step schedules positions {item.start} to {end - 1} of sequence {item.seq_id}, which has {length} "
+                f"tokens; expected positions below its length and max_model_len={self._max_model_len}"
+            )
+        if end > state.num_blocks * self._block_size:
+            raise LightvllmError(
+                f"sequence {item.seq_id} needs {-(-end // self._block_size)} blocks up to position {end - 1}, "
+                f"and was given {state.num_blocks}"
+            )
+        if any(not 0 <= block < self._num_blocks for block in item.new_block_ids):
+            raise LightvllmError(
+                f"sequence {item.seq_id} was given the blocks {item.new_block_ids}; "
+                f"this worker's cache has 0 to {self._num_blocks - 1}"
+            )
