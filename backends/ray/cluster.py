@@ -1,0 +1,295 @@
+"""Which Ray cluster this process talks to, and who ends it.
+
+Ray allows a process one connection, so it is shared: the first ``connect`` makes it, the last ``Lease.release`` ends
+what was begun here and nothing else. Three cases: this process uses Ray already (then that is used and left alone);
+an address is given, or RAY_ADDRESS is set (attach, and detach at the end); neither (a small local cluster, see
+``head.py``, which is ended with the last lease).
+
+Only the modules of this package import ray, and only when a worker is to be placed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import lightvllm
+from lightvllm.backends.ray import head
+from lightvllm.errors import ConfigError, MissingExtra, PlacementError, Shutdown
+
+_LONGEST_TEMP_ROOT = 20  # characters; Ray puts sockets some 80 characters deeper, and their paths end at 107
+
+
+class LocalClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The cluster that is started where none is given.
+
+    Attributes:
+        object_store_memory: shared memory for payloads over 100 KB, bytes; more spills to disk.
+        logical_cpus: what Ray counts with. Nothing is pinned or limited by it, and Ray starts no more processes for it;
+            it is large so that any number of workers and engines of one process fit.
+        log_to_driver: have the workers' standard output and error appear on the driver's.
+    """
+
+    object_store_memory: int = 200 * 2**20
+    logical_cpus: int = 1024
+    log_to_driver: bool = False
+
+
+def import_ray() -> Any:
+    """The real ray, or MissingExtra."""
+    try:
+        import ray
+    except ModuleNotFoundError as missing:
+        if missing.name != "ray":
+            raise
+        raise MissingExtra("ray", "ray", "--executor ray") from None
+    except ImportError as error:
+        if "lightvllm" not in str(error):
+            raise
+        raise ConfigError(str(error)) from None
+    return ray
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """A foreign error's text on one line: the last line of a traceback, or the first words of a message."""
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text = lines[-1] if any(line.startswith("Traceback") for line in lines) else " ".join(lines)
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
+class Lease:
+    """A share in this process's connection to Ray."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self._released = False
+        self.is_local = connection.local is not None
+
+    @property
+    def ends_cluster(self) -> bool:
+        """Whether releasing it ends every process of the cluster."""
+        return self.is_local and self._connection.users == 1
+
+    def release(self) -> None:
+        """Give the share back; idempotent. The last share of a connection made here ends it."""
+        with _guard:
+            if self._released:
+                return
+            self._released = True
+            self._connection.users -= 1
+            if self._connection.users == 0:
+                self._connection.end()
+
+
+class _Connection:
+    def __init__(self, address: str, local: LocalCluster | None, made_here: bool) -> None:
+        self.address = address
+        self.local = local
+        self.made_here = made_here
+        self.users = 0
+
+    def end(self) -> None:
+        global _current
+        _current = None
+        try:
+            if self.made_here:
+                import_ray().shutdown()
+        finally:
+            if self.local is not None:
+                self.local.stop()
+
+
+_guard = threading.Lock()  # held while the connection is made, shared or ended
+_current: _Connection | None = None
+
+
+def connect(address: str | None, config: LocalClusterConfig, closing: Future[None]) -> Lease:
+    """Take a share in this process's connection to Ray, making it first if there is none.
+
+    Blocks until Ray answers, however long that takes, so it is run in a thread of its own; when ``closing`` is done
+    it gives up and undoes what it has begun. Raises PlacementError, ConfigError, MissingExtra or Shutdown.
+    """
+    global _current
+    ray = import_ray()
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address and "://" in address:
+        raise ConfigError(f"ray address {address!r}: Ray Client is not supported; give host:port or auto")
+    with _guard:
+        _check_open(closing)
+        if _current is None or not ray.is_initialized():
+            _current = _make(ray, address, config, closing)
+        elif address not in (None, "auto", _current.address):
+            raise PlacementError(
+                f"this process is connected to Ray at {_current.address} already, and Ray allows it one cluster; "
+                f"use that one, or another process for {address}"
+            )
+        _current.users += 1
+        lease = Lease(_current)
+    if closing.done():
+        lease.release()
+    _check_open(closing)
+    return lease
+
+
+def _check_open(closing: Future[None]) -> None:
+    if closing.done():
+        raise Shutdown("the backend has been shut down while it was connecting to Ray")
+
+
+def _make(ray: Any, address: str | None, config: LocalClusterConfig, closing: Future[None]) -> _Connection:
+    if ray.is_initialized():
+        there = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", there):
+            raise PlacementError(f"this process uses Ray at {there} already; use that one, or another process")
+        return _Connection(there, None, made_here=False)
+    if address is not None:
+        if address != "auto":
+            _check_answers(address)
+        _init(ray, address, config)
+        return _Connection(ray.get_runtime_context().gcs_address, None, made_here=True)
+    local = LocalCluster(config)
+    try:
+        # Only while Ray starts: a cluster that went away under ray.init would leave that retrying for a minute.
+        local.wait_ready(closing)
+        _init(ray, "auto", config, _temp_dir=local.temp_dir)
+    except BaseException:
+        local.stop()
+        raise
+    return _Connection(ray.get_runtime_context().gcs_address, local, made_here=True)
+
+
+def _init(ray: Any, address: str, config: LocalClusterConfig, **options: str) -> None:
+    """``ray.init``, without its talk. RAY_ADDRESS would override ``auto``."""
+    kept = os.environ.pop("RAY_ADDRESS", None)
+    logger = logging.getLogger("ray")
+    logger.setLevel(logging.ERROR)
+    try:
+        ray.init(
+            address=address,
+            namespace=f"lightvllm-{uuid.uuid4().hex[:12]}",
+            log_to_driver=config.log_to_driver,
+            logging_level=logging.ERROR,
+            **options,
+        )
+    except Exception as error:
+        ray.shutdown()
+        hint = "; it wants a token: set RAY_AUTH_MODE=token" if "AuthToken" in f"{error} {error.__cause__}" else ""
+        raise PlacementError(
+            f"no Ray cluster to use at {address!r}: {one_line(error)}{hint}; "
+            "start one with 'ray start --head', or give no address for a local one"
+        ) from error
+    finally:
+        if kept is not None:
+            os.environ["RAY_ADDRESS"] = kept
+    if not config.log_to_driver:
+        _silence_raylet()
+
+
+def _silence_raylet() -> None:
+    """Keep the raylet's paragraphs about dead workers off the terminal: each is reported once, as WorkerDied."""
+    with contextlib.suppress(ImportError, AttributeError):  # not an interface of Ray's; without it there is only noise
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+
+
+def _check_answers(address: str, timeout: float = 5.0) -> None:
+    """Ray itself would try for twenty seconds and more."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"ray address {address!r} is malformed; expected host:port or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+    except (OSError, OverflowError) as error:
+        raise PlacementError(
+            f"no Ray cluster answers at {address}: {error}; start one there with 'ray start --head', "
+            "or give no address for a local one"
+        ) from None
+
+
+class LocalCluster:
+    """A Ray head on this machine, in a session of its own, with a temporary folder of its own."""
+
+    def __init__(self, config: LocalClusterConfig) -> None:
+        root = tempfile.gettempdir()
+        self.temp_dir = tempfile.mkdtemp(
+            prefix="lightvllm-ray-",
+            dir=root if len(root) <= _LONGEST_TEMP_ROOT else "/tmp",  # noqa: S108
+        )
+        self._stopping = threading.Lock()
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                head.__file__,
+                "hold",
+                self.temp_dir,
+                "--port=0",
+                "--dashboard-agent-listen-port=0",
+                "--include-dashboard=false",
+                f"--include-log-monitor={config.log_to_driver}",
+                "--no-monitor",
+                "--disable-usage-stats",
+                f"--num-cpus={config.logical_cpus}",
+                f"--object-store-memory={config.object_store_memory}",
+                f"--temp-dir={self.temp_dir}",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=self._environment(),
+        )
+
+    @staticmethod
+    def _environment() -> dict[str, str]:
+        """The driver's, as for any child of it; with lightvllm importable and Ray's connections authenticated."""
+        env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        env.setdefault("RAY_AUTH_MODE", "token")
+        package_root = str(Path(lightvllm.__file__).parent.parent)
+        env["PYTHONPATH"] = os.pathsep.join([*filter(None, [env.get("PYTHONPATH")]), package_root])
+        return env
+
+    def wait_ready(self, closing: Future[None]) -> None:
+        """Return when the cluster runs; raise PlacementError with Ray's last words if it does not come up."""
+        up = threading.Event()
+        closing.add_done_callback(lambda _: None if up.is_set() else self.stop())
+        assert self._process.stdout is not None
+        with self._process.stdout as said:
+            answer = said.readline().decode(errors="replace").strip()
+        up.set()
+        if answer != head.READY:
+            self.stop()
+            _check_open(closing)
+            raise PlacementError(f"a local Ray cluster could not be started: {answer or 'it ended without a word'}")
+
+    def stop(self, limit: float = 3.0) -> None:
+        """End all of it and remove its folder; idempotent, from any thread."""
+        with self._stopping:
+            if self._process.returncode is not None:
+                return
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            try:
+                self._process.wait(limit)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            if self._process.returncode != 0:  # killed, before it could do its work
+                head.end_session(self._process.pid)
+                shutil.rmtree(self.temp_dir, ignore_errors=True)
