@@ -1,0 +1,335 @@
+"""The Kubernetes backend: workers behind authenticated gRPC, started here or found at given addresses."""
+
+from __future__ import annotations
+
+import atexit
+import platform
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from lightvllm.backends.base import OnFailure, Placement, Progress, WorkerRef
+from lightvllm.backends.k8s.discovery import Discovery, Endpoint, LocalProcesses, StaticAddresses
+from lightvllm.backends.k8s.security import Tls, Token
+from lightvllm.errors import (
+    ConfigError,
+    MissingExtra,
+    PlacementError,
+    Shutdown,
+    WorkerDied,
+    WorkerError,
+)
+from lightvllm.messages import Buffer, decode_reply
+from lightvllm.version import __version__
+
+try:
+    from lightvllm.backends.k8s import wire
+    from lightvllm.backends.k8s.session import WorkerSession
+except ImportError as missing:
+    if missing.name is None or missing.name.partition(".")[0] not in ("grpc", "grpc_health", "google"):
+        raise
+    raise MissingExtra("grpcio", "k8s", "--executor k8s") from None
+
+_EXIT_REPORT_SECONDS = 0.5  # between a local worker's connection breaking and its process's exit being known
+
+
+class _Member:
+    """One worker, from its endpoint to its death."""
+
+    def __init__(self, index: int, endpoint: Endpoint) -> None:
+        self.index = index
+        self.endpoint = endpoint
+        self.id = endpoint.id
+        self.doing = "is starting"  # completes "worker … "
+        self.session: WorkerSession | None = None
+        self.placed: Future[WorkerRef] = Future()
+        self.died: WorkerDied | None = None
+
+
+class KubernetesBackend:
+    """See ``backends/base.py`` for the contract.
+
+    Without ``workers``, ``place`` starts local worker processes, which end with this process however it ends.
+    With them, it connects to servers started by ``lightvllm worker``.
+    """
+
+    name = "k8s"
+
+    def __init__(
+        self,
+        workers: tuple[str, ...] = (),
+        token_file: str | None = None,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+        tls_ca: str | None = None,
+        max_message_bytes: int = wire.MAX_MESSAGE_BYTES,
+    ) -> None:
+        """Starts and connects to nothing.
+
+        Args:
+            workers: addresses ``"host:port"`` of running servers, in the order of ranks.
+            token_file: file with the token of those servers.
+            tls_cert, tls_key, tls_ca: PEM files for mutual TLS; needed for addresses that are not loopback.
+            max_message_bytes: the largest payload of a call or reply.
+
+        Raises:
+            ConfigError: the options contradict each other, a file cannot be used, an address is malformed or unsafe.
+        """
+        self.driver_node = socket.gethostname()
+        self._max_message_bytes = max_message_bytes
+        self._discovery: Discovery
+        tls = Tls.from_options(tls_cert, tls_key, tls_ca)
+        if workers:
+            if token_file is None:
+                raise ConfigError("k8s_workers need k8s_token_file, the token file that they were started with")
+            self._discovery = StaticAddresses(workers, Token.read(token_file), tls)
+        elif token_file is not None or tls is not None:
+            raise ConfigError("k8s_token_file and TLS options are for k8s_workers, none of which are given")
+        else:
+            self._discovery = LocalProcesses(max_message_bytes)
+        self._members: dict[str, _Member] = {}
+        self._on_failure: OnFailure | None = None
+        self._changed = threading.Condition()  # guards the state below, and wakes place()
+        self._closed = False
+        self._report_failures = False
+        self._reporting = threading.RLock()  # held while on_failure runs; shutdown may be called from within
+        self._ended = threading.Event()
+
+    # ------------------------------------------------------------------------------------------------- place
+
+    def place(
+        self, request: Placement, on_failure: OnFailure, timeout: float, progress: Progress | None = None
+    ) -> Sequence[WorkerRef]:
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            if self._closed:
+                raise Shutdown("the backend has been shut down")
+            if self._on_failure is not None:
+                raise ConfigError("place was called before; a backend places once")
+            self._on_failure = on_failure
+        atexit.register(self.shutdown)
+        try:
+            members = [
+                _Member(index, endpoint)
+                for index, endpoint in enumerate(self._discovery.find(request, self._process_exited))
+            ]
+            with self._changed:
+                self._members = {member.id: member for member in members}
+            for member in members:
+                threading.Thread(
+                    target=self._bring_up,
+                    args=(member, request, deadline),
+                    name=f"lightvllm-place-{member.id}",
+                    daemon=True,
+                ).start()
+            refs = self._wait_placed(members, deadline, timeout, progress)
+            self._discovery.connected()
+            _check_nodes(request, refs)
+            with self._changed:
+                if dead := next((member.died for member in members if member.died), None):
+                    raise PlacementError(f"{len(members) - 1} of {len(members)} workers: {dead}")
+                self._report_failures = not self._closed
+        except BaseException:
+            self.shutdown(0.5)
+            raise
+        return refs
+
+    def _wait_placed(
+        self, members: list[_Member], deadline: float, timeout: float, progress: Progress | None
+    ) -> list[WorkerRef]:
+        said = ""
+        while True:
+            with self._changed:
+                if self._closed:
+                    raise Shutdown("the backend has been shut down")
+                ready = sum(member.placed.done() for member in members)
+                failure = next((e for m in members if m.placed.done() and (e := m.placed.exception())), None)
+                waiting = [f"{member.id} {member.doing}" for member in members if not member.placed.done()]
+                text = f"workers {ready}/{len(members)} ready" + (f"; {', '.join(waiting)}" if waiting else "")
+                remaining = deadline - time.monotonic()
+                if failure is None and waiting and remaining > 0 and text == said:
+                    self._changed.wait(remaining)
+                    continue
+            if failure is not None:
+                if isinstance(failure, PlacementError | WorkerDied | WorkerError):
+                    well = sum(member.placed.done() and not member.placed.exception() for member in members)
+                    raise PlacementError(f"{well} of {len(members)} workers: {failure}") from failure
+                raise failure
+            if progress and text != said:
+                progress(text)
+            said = text
+            if not waiting:
+                return [member.placed.result() for member in members]
+            if remaining <= 0:
+                raise PlacementError(
+                    f"{ready} of {len(members)} workers ready within {timeout:g} s; {', '.join(waiting)}"
+                )
+
+    def _bring_up(self, member: _Member, request: Placement, deadline: float) -> None:
+        """In a thread of its own; ends with a result or an exception in ``member.placed``."""
+        try:
+            outcome: Any = self._connect(member, request, deadline)
+        except BaseException as error:  # noqa: BLE001  handed to place()
+            process = member.endpoint.process
+            ended = process is not None and not self._closed and process.exited.wait(_EXIT_REPORT_SECONDS)
+            if process is not None and ended and not isinstance(error, ConfigError):
+                error = PlacementError(f"{member.id} {process.reason('while it was starting')}")
+            outcome = error
+        with self._changed:
+            if isinstance(outcome, BaseException):
+                member.placed.set_exception(outcome)
+            else:
+                member.placed.set_result(outcome)
+            self._changed.notify_all()
+
+    def _connect(self, member: _Member, request: Placement, deadline: float) -> WorkerRef:
+        def say(doing: str) -> None:
+            with self._changed:
+                member.doing = doing
+                self._changed.notify_all()
+
+        # place() itself watches the deadline, and knows of all workers what they are waiting for; it is to be first.
+        slack = 1.0
+        endpoint = member.endpoint
+        target = endpoint.target
+        if endpoint.process is not None:
+            target = endpoint.process.wait_listening(deadline - time.monotonic() + slack)
+        session = WorkerSession(
+            member.id,
+            target,
+            endpoint.token,
+            endpoint.tls,
+            max_message_bytes=self._max_message_bytes,
+            on_break=lambda reason: self._session_broke(member, reason),
+        )
+        with self._changed:
+            closed = self._closed
+            member.session = session
+        if closed:
+            session.abort()
+        session.open(deadline + slack, say)
+        say(f"is constructing {request.worker_class}")
+        reply = session.init_worker(request.worker_class, request.env, deadline - time.monotonic() + slack)
+        if reply.failure:
+            try:
+                decode_reply("__init__", reply.failure)
+            except WorkerError as error:
+                raise PlacementError(
+                    f"{member.id} cannot construct {request.worker_class}: {error.kind}: {error.remote_message}"
+                ) from error
+        _check_versions(member.id, reply)
+        return WorkerRef(
+            id=member.id,
+            node=reply.node,
+            address=endpoint.target if endpoint.process is None else "",
+            device_ids=tuple(reply.device_ids),
+            index=member.index,
+            pid=reply.pid,
+        )
+
+    # -------------------------------------------------------------------------------------------------- call
+
+    def call(self, worker: WorkerRef, method: str, payload: Buffer) -> Future[Buffer]:
+        session = self._members[worker.id].session
+        assert session is not None  # a WorkerRef exists only for a worker that has been placed
+        return session.call(method, payload)
+
+    # ------------------------------------------------------------------------------------------------- death
+
+    def _process_exited(self, index: int) -> None:
+        with self._changed:
+            member = next((member for member in self._members.values() if member.index == index), None)
+        if member is not None and member.endpoint.process is not None:
+            method = member.session.pending_method if member.session else None
+            self._died(member, member.endpoint.process.reason(f"during {method}" if method else ""))
+
+    def _session_broke(self, member: _Member, reason: str) -> None:
+        process = member.endpoint.process
+        if process is not None:
+            if process.exited.wait(_EXIT_REPORT_SECONDS):
+                return  # _process_exited knows better why
+            process.kill()
+        self._died(member, reason)
+
+    def _died(self, member: _Member, reason: str) -> None:
+        with self._changed:
+            if self._closed or member.died is not None:
+                return
+            member.died = WorkerDied(member.id, reason)
+        if member.session is not None:
+            member.session.fail(member.died)
+        with self._reporting:
+            with self._changed:
+                report = self._on_failure if self._report_failures and not self._closed else None
+            if report is not None:
+                report(member.placed.result(), member.died)
+
+    # ---------------------------------------------------------------------------------------------- shutdown
+
+    def shutdown(self, timeout: float = 5.0) -> None:
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            first, self._closed = not self._closed, True
+            members = list(self._members.values())
+            self._changed.notify_all()
+        if not first:
+            self._ended.wait(timeout)
+            return
+        if self._reporting.acquire(timeout=timeout):  # an on_failure that has begun comes to its end first
+            self._reporting.release()
+        for member in members:
+            self._say_goodbye(member)
+        politely_until = time.monotonic() + 0.6 * (deadline - time.monotonic())
+        for member in members:
+            over = (
+                member.endpoint.process.exited if member.endpoint.process else member.session and member.session.ended
+            )
+            if over:
+                over.wait(max(0.0, politely_until - time.monotonic()))
+        self._discovery.close(deadline)
+        for member in members:
+            if member.session is not None:
+                member.session.abort()
+        atexit.unregister(self.shutdown)
+        self._ended.set()
+
+    def _say_goodbye(self, member: _Member) -> None:
+        """An idle worker is told to end; one that is busy or not placed yet is not waited for."""
+        session, process = member.session, member.endpoint.process
+        idle = session is not None and member.placed.done() and session.pending_method is None
+        if session is not None and idle:
+            session.close()
+            return
+        if process is not None:
+            process.kill()
+        if session is not None:
+            session.abort()
+
+
+def _check_nodes(request: Placement, refs: list[WorkerRef]) -> None:
+    """Hold the workers to what was asked of their nodes."""
+    nodes = {ref.node for ref in refs}
+    if request.strategy == "STRICT_PACK" and len(nodes) > 1:
+        raise PlacementError(
+            f"strategy STRICT_PACK needs all workers on one node; they are on {', '.join(sorted(nodes))}"
+        )
+    if request.strategy == "STRICT_SPREAD" and len(nodes) < len(refs):
+        raise PlacementError(
+            f"strategy STRICT_SPREAD needs {len(refs)} nodes; the workers are on {', '.join(sorted(nodes))}"
+        )
+    for ref in refs:
+        if len(ref.device_ids) < request.gpus_per_worker:
+            raise PlacementError(f"{ref.id} sees {len(ref.device_ids)} GPUs; {request.gpus_per_worker} are needed")
+
+
+def _check_versions(who: str, reply: Any) -> None:
+    """Driver and worker exchange pickled code, so that both versions count."""
+    ours, theirs = platform.python_version_tuple()[:2], tuple(reply.python_version.split(".")[:2])
+    if reply.lightvllm_version != __version__ or ours != theirs:
+        raise PlacementError(
+            f"{who} runs lightvllm {reply.lightvllm_version} on Python {'.'.join(theirs)}, this driver lightvllm "
+            f"{__version__} on Python {'.'.join(ours)}; install the same on both"
+        )

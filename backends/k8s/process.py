@@ -1,0 +1,199 @@
+"""One worker server as a child process: start it, learn where it listens, see it end, end it. Imports no grpc.
+
+A child is bound to its parent by its standard streams. *stdin* brings the bootstrap (one line of JSON: where to listen,
+the token, limits) and stays open: at its end the child exits at once, so that no child outlives its parent, however the
+parent died. *stdout* gives back one line: the address, or why there is none. *stderr* is the worker's output.
+Used by the driver for local workers and by the supervisor of ``lightvllm worker``.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+import lightvllm
+from lightvllm.backends.k8s.security import Tls, Token
+from lightvllm.errors import ConfigError, PlacementError
+
+_TAIL_LINES = 40
+_LINE_BYTES = 4096
+_SERVER_MODULE = "lightvllm.backends.k8s.server"
+
+
+class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
+    """What the child is told on its stdin.
+
+    Attributes:
+        listen: ``"unix:/path"`` or ``"host:port"``; port 0 takes a free one.
+        sys_path: the parent's ``sys.path``; what the child lacks is added behind its own, so that it can import the
+            worker class that the parent named.
+    """
+
+    listen: str
+    token: str
+    max_message_bytes: int
+    tls: Tls | None = None
+    sys_path: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"Bootstrap(listen={self.listen!r}, token hidden)"
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the child says on its stdout, once: where it listens, or why it does not."""
+
+    address: str = ""
+    error: str = ""
+
+
+class WorkerProcess:
+    """A running child.
+
+    Attributes:
+        exited: set as soon as the process has ended and been reaped.
+    """
+
+    def __init__(
+        self,
+        listen: str,
+        token: Token,
+        *,
+        max_message_bytes: int,
+        tls: Tls | None = None,
+        env: Mapping[str, str],
+        capture: bool = True,
+        on_exit: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start it; returns before it listens.
+
+        ``env`` is its whole environment. ``capture`` keeps the last lines of its stderr for error messages,
+        otherwise it shares the parent's. ``on_exit`` is called once, from a thread, when it has ended.
+        Raises PlacementError if the system cannot start a process.
+        """
+        bootstrap = Bootstrap(
+            listen=listen,
+            token=token.reveal(),
+            max_message_bytes=max_message_bytes,
+            tls=tls,
+            sys_path=[entry or os.getcwd() for entry in sys.path],
+        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", _SERVER_MODULE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if capture else None,
+                env={**env, "PYTHONPATH": _python_path(env.get("PYTHONPATH"))},
+                process_group=0,  # a terminal's Ctrl-C is for the parent, which ends its children in order
+            )
+        except OSError as error:
+            raise PlacementError(f"cannot start a worker process: {error}") from None
+        self.pid = self._process.pid
+        self.exited = threading.Event()
+        self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+        self._reader: threading.Thread | None = None
+        if self._process.stderr is not None:
+            self._reader = self._thread(self._read_stderr, self._process.stderr)
+        self._status: Future[Status] = Future()
+        self._reaping = threading.Lock()
+        self._thread(self._read_status, self._process.stdout)
+        self._thread(self._wait, on_exit)
+        stdin = self._stdin()
+        with contextlib.suppress(BrokenPipeError):  # it has died already, which wait_listening reports
+            stdin.write(msgspec.json.encode(bootstrap) + b"\n")
+            stdin.flush()
+
+    def wait_listening(self, timeout: float) -> str:
+        """The address where it listens. Raises ConfigError with the child's reason, PlacementError if it died or
+        ``timeout`` seconds passed."""
+        try:
+            status = self._status.result(timeout)
+        except TimeoutError:
+            raise PlacementError(f"worker process {self.pid} did not listen within {timeout:.0f} s") from None
+        if status.error:
+            raise ConfigError(status.error)
+        if not status.address:
+            self.exited.wait(1.0)  # its stdout has ended, so it is about to
+            raise PlacementError(f"worker process {self.pid} {self.reason('before it listened')}")
+        return status.address
+
+    def reason(self, when: str = "") -> str:
+        """How it ended, as part of a sentence: "killed by SIGKILL", "exited with code 1 during load_model: …"."""
+        code = self._process.returncode
+        if code is None:
+            return "is running"
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        how += f" {when}" if when else ""
+        told = code not in (0, -signal.SIGKILL, -signal.SIGTERM) and self._tail
+        return f"{how}: {self._tail[-1]}" if told else how
+
+    def hang_up(self) -> None:
+        """End the child's stdin, which makes it exit at once."""
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin().close()
+
+    def kill(self) -> None:
+        """SIGKILL it and what it has started itself."""
+        with self._reaping:
+            if not self.exited.is_set():
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def end(self, deadline: float) -> None:
+        """Hang up; from ``deadline`` (``time.monotonic()``) on kill. Returns when it is gone."""
+        self.hang_up()
+        if not self.exited.wait(max(0.0, deadline - time.monotonic())):
+            self.kill()
+            self.exited.wait()
+
+    def _stdin(self) -> IO[bytes]:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    def _thread(self, target: Callable[..., None], *args: object) -> threading.Thread:
+        thread = threading.Thread(target=target, args=args, name=f"lightvllm-worker-{self.pid}", daemon=True)
+        thread.start()
+        return thread
+
+    def _read_stderr(self, stream: IO[bytes]) -> None:
+        show = bool(os.environ.get("LIGHTVLLM_DEBUG"))
+        with stream:
+            while line := stream.readline(_LINE_BYTES):
+                text = line.decode(errors="replace").rstrip()
+                if text:
+                    self._tail.append(text)
+                if show:
+                    sys.stderr.write(f"[worker {self.pid}] {text}\n")
+
+    def _read_status(self, stream: IO[bytes]) -> None:
+        with stream:
+            line = stream.readline()
+        self._status.set_result(msgspec.json.decode(line, type=Status) if line else Status())
+
+    def _wait(self, on_exit: Callable[[], None]) -> None:
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        with self._reaping:  # until it is reaped, its group's number is nobody else's
+            os.killpg(self.pid, signal.SIGKILL)  # what it started itself and left behind
+            self._process.wait()
+            self.exited.set()
+        if self._reader is not None:
+            self._reader.join(0.2)  # its last words; a grandchild elsewhere may hold the pipe open for longer
+        self.hang_up()
+        on_exit()
+
+
+def _python_path(others: str | None) -> str:
+    """PYTHONPATH under which the child imports this very lightvllm."""
+    root = str(Path(lightvllm.__file__).resolve().parent.parent)
+    return os.pathsep.join([root, *filter(None, [others])])

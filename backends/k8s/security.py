@@ -1,0 +1,125 @@
+"""Who may talk to a worker: the token, certificates, and the rule for addresses. Imports no grpc.
+
+The rule: a connection stays on this machine (Unix socket, loopback) or is mutual TLS; and every call carries the token.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import os
+import secrets
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from lightvllm.errors import ConfigError
+
+_AUTHORIZATION = "authorization"
+
+
+class Token:
+    """A shared secret. Its text is shown by no ``repr`` and no error."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    @classmethod
+    def new(cls) -> Token:
+        return cls(secrets.token_urlsafe(32))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Token:
+        """The token in the file ``path``. Raises ConfigError if it is missing, empty, malformed or open to others.
+
+        A file of one's own must be open to nobody else; another's (a Kubernetes Secret's, which the kubelet mounts for
+        the pod's group) must not be open to all.
+        """
+        try:
+            status = os.stat(path)
+            text = Path(path).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "expected ASCII text"
+            raise ConfigError(f"token file {os.fspath(path)}: {reason}") from None
+        forbidden = 0o077 if status.st_uid == os.geteuid() else 0o007
+        if status.st_mode & forbidden:
+            raise ConfigError(
+                f"token file {os.fspath(path)} is open to others (mode {stat.S_IMODE(status.st_mode):04o}); "
+                f"run: chmod 600 {os.fspath(path)}"
+            )
+        if not text or not text.isprintable() or " " in text:
+            raise ConfigError(
+                f"token file {os.fspath(path)} must hold one word; make one with: "
+                "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+            )
+        return cls(text)
+
+    def reveal(self) -> str:
+        """The text, for the bootstrap pipe of a child process and nothing else."""
+        return self._text
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return ((_AUTHORIZATION, f"Bearer {self._text}"),)
+
+    def matches(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
+        """Whether exactly one authorization is there and is this token; takes the same time wherever it differs."""
+        given = [value for key, value in metadata if key == _AUTHORIZATION]
+        if len(given) != 1:
+            return False
+        value = given[0].encode() if isinstance(given[0], str) else given[0]
+        return hmac.compare_digest(value, f"Bearer {self._text}".encode())
+
+
+class Tls(msgspec.Struct, frozen=True):
+    """Files for mutual TLS, PEM: this side's certificate and key, and the CA that signed the other side's."""
+
+    cert: str
+    key: str
+    ca: str
+
+    @classmethod
+    def from_options(cls, cert: str | None, key: str | None, ca: str | None) -> Tls | None:
+        """None if no option is given; ConfigError unless all are, and can be read."""
+        given = {"tls_cert": cert, "tls_key": key, "tls_ca": ca}
+        if not any(given.values()):
+            return None
+        if missing := [name for name, value in given.items() if not value]:
+            raise ConfigError(f"mutual TLS needs certificate, key and CA; missing: {', '.join(missing)}")
+        tls = cls(str(cert), str(key), str(ca))
+        tls.read()
+        return tls
+
+    def read(self) -> tuple[bytes, bytes, bytes]:
+        """Contents of certificate, key and CA; read anew each time, so that a renewed certificate is used."""
+        try:
+            return Path(self.cert).read_bytes(), Path(self.key).read_bytes(), Path(self.ca).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"TLS file {error.filename}: {error.strerror}") from None
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """``"host:port"`` or ``"[v6]:port"`` to host and port. Raises ConfigError."""
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
+    if not colon or not host or not port.isdecimal() or int(port) > 65535 or (":" in host and "[" not in address):
+        raise ConfigError(f"address {address!r} is malformed; expected host:port, such as 127.0.0.1:9000")
+    return host, int(port)
+
+
+def check_address(address: str, tls: Tls | None) -> None:
+    """Raise ConfigError if a token sent to ``address`` could be read on the way."""
+    host, _ = split_address(address)
+    if tls is None and not _is_loopback(host):
+        raise ConfigError(
+            f"{address} is not a loopback address, so that the token would cross the network in the clear; "
+            "use mutual TLS (TLS certificate, key and CA) or an address in 127.0.0.0/8"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
