@@ -1,0 +1,180 @@
+// Linear layers over row-major weights: dot products of rows, so that neither side needs a packed copy.
+//
+// A tile is 4 rows of weights by up to 6 rows of x, one vector accumulator for each of its outputs: 24 accumulators,
+// 4 + 1 operands, 29 of 32 registers. Every output is summed in the same order whatever the tile's shape.
+#include <algorithm>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace lightvllm {
+namespace {
+
+constexpr int TILE_N = 4;
+#if defined(__AVX512F__)
+constexpr int TILE_T = 6;
+#else
+constexpr int TILE_T = 2;  // sixteen registers of eight floats: 4 x 1 accumulators are pairs already
+#endif
+constexpr int64_t L2_SHARE = 512 * 1024;  // bytes of weights that are kept near while the rows of x pass by
+
+// One step along K: `width` elements of both operands into sixteen partial sums.
+struct StepF32 : F32 {
+    using operand = f32x16;
+    static constexpr int width = LANES;
+    static operand get(const float* p) { return load(p); }
+    static f32x16 add(f32x16 acc, operand a, operand b) { return a * b + acc; }
+};
+
+#if LIGHTVLLM_DPBF16
+struct StepBF16 : BF16 {
+    using operand = __m512bh;
+    static constexpr int width = 2 * LANES;
+    static operand get(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static f32x16 add(f32x16 acc, operand a, operand b) { return (f32x16)_mm512_dpbf16_ps((__m512)acc, a, b); }
+};
+#else
+struct StepBF16 : BF16 {
+    using operand = f32x16;
+    static constexpr int width = LANES;
+    static operand get(const uint16_t* p) { return load(p); }
+    static f32x16 add(f32x16 acc, operand a, operand b) { return a * b + acc; }
+};
+#endif
+
+// Without this the compiler folds the load of x into each of the four products, and loads become the limit.
+template <typename V>
+inline void keep_in_register(V& v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#else
+    (void)v;
+#endif
+}
+
+template <typename S>
+[[gnu::noinline]] typename S::operand get_tail(const typename S::type* p, int64_t n) {
+    typename S::type padded[S::width] = {};
+    std::memcpy(padded, p, n * sizeof(padded[0]));
+    return S::get(padded);
+}
+
+// Four outputs of each of C rows. `rows` (1 to 4) of the four are stored; w[] of the others repeats a valid row.
+template <typename S, int C>
+void tile(const typename S::type* x, int64_t x_stride, const typename S::type* const* w, const float* bias,
+          typename S::type* y, int64_t y_stride, int64_t K, int rows, const typename S::type* ahead, int ahead_rows) {
+    f32x16 acc[C][TILE_N] = {};
+    int64_t k = 0;
+    for (; k + S::width <= K; k += S::width) {
+        typename S::operand b[TILE_N];
+        for (int n = 0; n < TILE_N; n++) b[n] = S::get(w[n] + k);
+        for (int n = 0; n < ahead_rows; n++) __builtin_prefetch(ahead + n * K + k);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            typename S::operand a = S::get(x + c * x_stride + k);
+            keep_in_register(a);
+#pragma GCC unroll 8
+            for (int n = 0; n < TILE_N; n++) acc[c][n] = S::add(acc[c][n], a, b[n]);
+        }
+    }
+    if (k < K) {
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            typename S::operand a = get_tail<S>(x + c * x_stride + k, K - k);
+#pragma GCC unroll 8
+            for (int n = 0; n < TILE_N; n++) acc[c][n] = S::add(acc[c][n], a, get_tail<S>(w[n] + k, K - k));
+        }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) {
+        f32x4 sums = sum4(acc[c][0], acc[c][1], acc[c][2], acc[c][3]) + load_as<f32x4>(bias);
+        if (rows == TILE_N)
+            S::store(y + c * y_stride, sums);
+        else
+            store_first<S>(y + c * y_stride, sums, rows);
+    }
+}
+
+template <typename S>
+using Tile = void (*)(const typename S::type*, int64_t, const typename S::type* const*, const float*,
+                      typename S::type*, int64_t, int64_t, int, const typename S::type*, int);
+
+template <typename S>
+struct Problem {
+    using type = typename S::type;
+    const type *x, *w, *bias;
+    type* y;
+    int64_t x_stride, T, N, K;
+
+    // Outputs [t0, t1) x [n0, n1), the rows of x in tiles of nearly equal height.
+    void run(int64_t t0, int64_t t1, int64_t n0, int64_t n1, bool few) const {
+        static constexpr Tile<S> tiles[] = {
+            nullptr,
+            tile<S, 1>,
+            tile<S, 2>,
+#if defined(__AVX512F__)
+            tile<S, 3>,
+            tile<S, 4>,
+            tile<S, 5>,
+            tile<S, 6>,
+#endif
+        };
+        int64_t count = (t1 - t0 + TILE_T - 1) / TILE_T;
+        int64_t height = (t1 - t0) / count, taller = (t1 - t0) % count;
+        int share = count == 1 ? 4 : count <= 3 ? 2 : 1;
+        int sharers = few ? 4 / share : 0;
+        for (int64_t i = 0, t = t0; i < count; i++) {
+            int c = static_cast<int>(height + (i < taller));
+            for (int64_t n = n0; n < n1; n += TILE_N) {
+                int rows = static_cast<int>(std::min<int64_t>(TILE_N, n1 - n));
+                const type* four[TILE_N];
+                float b[TILE_N] = {};
+                for (int j = 0; j < TILE_N; j++) four[j] = w + (n + std::min(j, rows - 1)) * K;
+                if (bias)
+                    for (int j = 0; j < rows; j++) b[j] = load_first<S>(bias + n + j, 1)[0];
+                tiles[c](x + t * x_stride, x_stride, four, b, y + t * N + n, N, K, rows, w + (n1 + i * share) * K, i < sharers ? share : 0);
+            }
+            t += c;
+        }
+    }
+};
+
+template <typename S>
+void run(const Problem<S>& p, int threads) {
+    // Few rows: x stays near and each group of four weights is read once. Many rows: a share of the weights stays
+    // near and x passes by, tile after tile.
+    int64_t row_bytes = p.K * static_cast<int64_t>(sizeof(typename S::type));
+    bool few = p.T * row_bytes <= L2_SHARE / 2;
+    int64_t block_n = std::max<int64_t>(1, (few ? 0 : L2_SHARE) / (TILE_N * row_bytes)) * TILE_N;
+    int64_t block_t = few ? p.T : 16 * TILE_T;
+    int64_t blocks_n = (p.N + block_n - 1) / block_n, blocks_t = (p.T + block_t - 1) / block_t;
+    int64_t blocks = blocks_n * blocks_t;
+    auto one = [&](int64_t i) {
+        int64_t n = i / blocks_t * block_n, t = i % blocks_t * block_t;
+        p.run(t, std::min(t + block_t, p.T), n, std::min(n + block_n, p.N), few);
+    };
+    if (few) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t i = 0; i < blocks; i++) one(i);
+    } else {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+        for (int64_t i = 0; i < blocks; i++) one(i);
+    }
+}
+
+template <typename S>
+void start(const void* x, int64_t x_stride, const void* w, const void* bias, void* y, int64_t T, int64_t N, int64_t K,
+           int threads) {
+    using type = const typename S::type*;
+    run(Problem<S>{(type)x, (type)w, (type)bias, (typename S::type*)y, x_stride, T, N, K}, threads);
+}
+
+}  // namespace
+
+void linear(Type type, const void* x, int64_t x_stride, const void* w, const void* bias, void* y, int64_t T, int64_t N,
+            int64_t K, int threads) {
+    auto go = type == Type::f32 ? start<StepF32> : start<StepBF16>;
+    go(x, x_stride, w, bias, y, T, N, K, threads);
+}
+
+}  // namespace lightvllm

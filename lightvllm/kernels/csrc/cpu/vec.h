@@ -1,0 +1,145 @@
+// Sixteen floats at a time, in GCC's vector extensions: one source for AVX-512 (one register), AVX2 (two), NEON (four).
+//
+// What it does not do: choose instructions at run time. The library is built for the machine it runs on, and the
+// cache key holds that machine's flags. Sums never depend on anything but the length of what is summed.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__)
+#define LIGHTVLLM_DPBF16 1
+#endif
+
+namespace lightvllm {
+
+constexpr int LANES = 16;
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
+typedef uint16_t u16x4 __attribute__((vector_size(8)));
+
+template <typename V, typename T>
+inline V load_as(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(V));
+    return v;
+}
+
+template <typename V, typename T>
+inline void store_as(T* p, V v) {
+    std::memcpy(p, &v, sizeof(V));
+}
+
+inline f32x16 splat(float x) { return f32x16{} + x; }
+
+// A bfloat16 number as the float of the same value, and back: to nearest, ties to even, NaN stays NaN.
+inline f32x16 widen(u16x16 v) { return (f32x16)(__builtin_convertvector(v, u32x16) << 16); }
+
+template <typename U, typename V>
+inline U round_bits(V v) {
+    U bits = (U)v;
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return v == v ? bits : (U{} + 0x7fc0);
+}
+
+// An element type: how it is loaded (all sixteen, or the first n with zeros behind), stored, and rounded to.
+struct F32 {
+    using type = float;
+    static f32x16 load(const float* p) { return load_as<f32x16>(p); }
+    static void store(float* p, f32x16 v) { store_as(p, v); }
+    static void store(float* p, f32x4 v) { store_as(p, v); }
+    static f32x16 rounded(f32x16 v) { return v; }
+};
+
+struct BF16 {
+    using type = uint16_t;
+    static f32x16 load(const uint16_t* p) { return widen(load_as<u16x16>(p)); }
+    static void store(uint16_t* p, f32x16 v) { store_as(p, __builtin_convertvector(round_bits<u32x16>(v), u16x16)); }
+    static void store(uint16_t* p, f32x4 v) { store_as(p, __builtin_convertvector(round_bits<u32x4>(v), u16x4)); }
+    static f32x16 rounded(f32x16 v) { return (f32x16)(round_bits<u32x16>(v) << 16); }
+};
+
+template <typename E>
+inline f32x16 load_first(const typename E::type* p, int n) {
+    typename E::type padded[LANES] = {};
+    std::memcpy(padded, p, n * sizeof(padded[0]));
+    return E::load(padded);
+}
+
+template <typename E, typename V>
+inline void store_first(typename E::type* p, V v, int n) {
+    typename E::type padded[sizeof(V) / sizeof(float)];
+    E::store(padded, v);
+    std::memcpy(p, padded, n * sizeof(padded[0]));
+}
+
+// Calls f(offset, count) for each group of up to sixteen elements of n; count is LANES for all but the last.
+// E's loads and stores of a group go through these two, so that the full groups stay free of copies.
+template <typename E>
+inline f32x16 load_group(const typename E::type* p, int count) {
+    return count == LANES ? E::load(p) : load_first<E>(p, count);
+}
+
+template <typename E>
+inline void store_group(typename E::type* p, f32x16 v, int count) {
+    if (count == LANES)
+        E::store(p, v);
+    else
+        store_first<E>(p, v, count);
+}
+
+inline f32x8 lower(f32x16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline f32x8 upper(f32x16 v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+
+// The sums of four vectors, each by the same tree: (lanes l, l+4, l+8, l+12), then across.
+inline f32x4 sum4(f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
+    f32x16 ab = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    f32x16 cd = __builtin_shufflevector(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                __builtin_shufflevector(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    f32x16 all = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                 __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    f32x8 half = lower(all) + upper(all);
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+}
+
+inline float sum(f32x16 v) { return sum4(v, v, v, v)[0]; }
+
+inline float maximum(f32x16 v) {
+    float m = v[0];
+    for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+// e^x to about 1e-7 relative; exactly 1 at 0, exactly 0 below the range (so for -inf), infinite above it.
+inline f32x16 exp(f32x16 x) {
+    const f32x16 low = splat(-87.33654f), high = splat(88.72283f);
+    f32x16 y = x < low ? low : x;
+    y = y > high ? high : y;
+    const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    f32x16 n = (y * 1.44269504f + magic) - magic;
+    f32x16 r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    f32x16 p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r) * r + r + 1.0f;
+    // n reaches 128 at the top: two factors keep each exponent in range.
+    i32x16 whole = __builtin_convertvector(n, i32x16), half = whole >> 1;
+    p = p * (f32x16)((half + 127) << 23) * (f32x16)((whole - half + 127) << 23);
+    p = x < low ? splat(0.0f) : p;
+    return x > high ? splat(__builtin_inff()) : (x == x ? p : x);
+}
+
+}  // namespace lightvllm
