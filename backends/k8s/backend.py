@@ -13,6 +13,7 @@ from typing import Any
 
 from lightvllm.backends.base import OnFailure, Placement, Progress, WorkerRef
 from lightvllm.backends.k8s.discovery import Discovery, Endpoint, LocalProcesses, StaticAddresses
+from lightvllm.backends.k8s.process import MAX_MESSAGE_BYTES
 from lightvllm.backends.k8s.security import Tls, Token
 from lightvllm.errors import (
     ConfigError,
@@ -26,7 +27,6 @@ from lightvllm.messages import Buffer, decode_reply
 from lightvllm.version import __version__
 
 try:
-    from lightvllm.backends.k8s import wire
     from lightvllm.backends.k8s.session import WorkerSession
 except ImportError as missing:
     if missing.name is None or missing.name.partition(".")[0] not in ("grpc", "grpc_health", "google"):
@@ -65,7 +65,7 @@ class KubernetesBackend:
         tls_cert: str | None = None,
         tls_key: str | None = None,
         tls_ca: str | None = None,
-        max_message_bytes: int = wire.MAX_MESSAGE_BYTES,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         """Starts and connects to nothing.
 
@@ -220,6 +220,8 @@ class KubernetesBackend:
                 raise PlacementError(
                     f"{member.id} cannot construct {request.worker_class}: {error.kind}: {error.remote_message}"
                 ) from error
+            except ConfigError as error:
+                raise ConfigError(f"{member.id}: {error}") from None
         _check_versions(member.id, reply)
         return WorkerRef(
             id=member.id,

@@ -27,6 +27,9 @@ import lightvllm
 from lightvllm.backends.k8s.security import Tls, Token
 from lightvllm.errors import ConfigError, PlacementError
 
+MAX_MESSAGE_BYTES = 256 * 2**20
+"""Default of the largest payload of a call or a reply."""
+
 _TAIL_LINES = 40
 _LINE_BYTES = 4096
 _SERVER_MODULE = "lightvllm.backends.k8s.server"

@@ -17,8 +17,6 @@ SESSION = f"/{SERVICE}/Session"
 DRIVER_KEY = "lightvllm-driver"
 """Metadata: a random id of the driver, which ties its InitWorker to its Session. Not a secret."""
 
-MAX_MESSAGE_BYTES = 256 * 2**20
-"""Default of the largest payload of a call or a reply."""
 _FRAME_BYTES = 64 * 2**10  # room for what surrounds a payload
 
 # (time, time-out) of pings, over TCP only: the kernel tells of a dead peer on a Unix socket, and a suspended one there
