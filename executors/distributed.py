@@ -238,13 +238,12 @@ class _Gathering(Future[Any]):
                 return None
             self._results[rank] = result
             self._missing.discard(rank)
-            last = not self._missing
-            if last and self._reply_rank is not None:
+            if self._on_reply is not None:
+                self._on_reply(len(self._results), len(self._futures))
+            if not self._missing and self._reply_rank is not None:
                 self.set_result(self._results[self._reply_rank])
-            elif last:
+            elif not self._missing:
                 self.set_result([self._results[rank] for rank, _ in self._futures])
-        if self._on_reply is not None:
-            self._on_reply(len(self._futures) - len(self._missing), len(self._futures))
         return None
 
     def result(self, timeout: float | None = None) -> Any:
