@@ -56,7 +56,10 @@ class SamplingState:
 
 def sample(logits: Tensor, rows: Sequence[SamplingState]) -> tuple[list[int], list[TokenLogprobs | None]]:
     """The token of each row of logits [R, V] (float32, not changed), and its log-probabilities where asked for."""
-    token_ids: list[int] = torch.argmax(logits, dim=-1).tolist()  # the first of equal ones, so the lowest id
+    best, ids = torch.max(logits, dim=-1)  # the first of equal ones, so the lowest id
+    if not bool(torch.isfinite(best).all()):
+        raise LightvllmError("the model's logits are not finite; check the weights, or use dtype float32 or bfloat16")
+    token_ids: list[int] = ids.tolist()
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     for i, state in enumerate(rows):
         masked = state.stop_token_ids if state.output_index < state.params.min_tokens else []
@@ -64,10 +67,6 @@ def sample(logits: Tensor, rows: Sequence[SamplingState]) -> tuple[list[int], li
         if state.params.greedy and not changed and state.params.logprobs is None:
             continue
         raw: Floats = logits[i].cpu().numpy()
-        if not np.isfinite(raw[token_ids[i]]):
-            raise LightvllmError(
-                f"the model gave the logit {raw[token_ids[i]]}; check the weights, or use dtype float32 or bfloat16"
-            )
         adjusted = _penalise(raw, state, masked) if changed else raw
         if state.params.greedy:
             token_ids[i] = int(np.argmax(adjusted))
