@@ -1,0 +1,1 @@
+"""The `lightvllm` command line: one module per sub-command, assembled in ``main``."""

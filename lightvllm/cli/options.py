@@ -1,0 +1,166 @@
+"""Options that several sub-commands share, each declared once.
+
+``EngineOptions`` is a dataclass whose fields are typer options; ``@with_engine_options()`` puts them on a command that
+has a parameter ``engine: EngineOptions``. Knows no engine: the values go to ``LLM`` by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from lightvllm.errors import ConfigError
+
+Executor = StrEnum("Executor", ["uniproc", "ray", "k8s"])
+DType = StrEnum("DType", ["auto", "float32", "bfloat16", "float16"])
+Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+AttentionBackend = StrEnum("AttentionBackend", ["auto", "naive", "sdpa", "paged"])
+Kernels = StrEnum("Kernels", ["auto", "reference"])
+
+_UNITS = {"": 1} | {
+    prefix + suffix: base**power for power, prefix in enumerate("KMGT", 1) for suffix, base in (("", 1000), ("I", 1024))
+}
+
+
+def parse_bytes(text: str) -> int:
+    """``"1GiB"``, ``"512 MiB"``, ``"2GB"`` or ``"1048576"`` to bytes; a usage error for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is no size; write it like 1GiB, 512MiB or 1048576")
+    return size
+
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A model folder (Hugging Face layout), a known model's name, or a hub id.", metavar="MODEL"),
+]
+
+_RAY, _K8S, _ENGINE = "Only with --executor ray", "Only with --executor k8s", "Engine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a model is run, whichever executor runs it."""
+
+    dtype: Annotated[
+        DType, typer.Option(help="Precision of weights, activations and KV cache.", rich_help_panel=_ENGINE)
+    ] = DType.auto
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Longest prompt plus output, tokens.", show_default="the model's", rich_help_panel=_ENGINE
+        ),
+    ] = None
+    kv_cache_memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_bytes, metavar="SIZE", help="KV cache per worker, such as 1GiB.", rich_help_panel=_ENGINE
+        ),
+    ] = None
+    num_kv_blocks: Annotated[
+        int | None, typer.Option(min=1, help="KV cache in blocks, instead of a size.", rich_help_panel=_ENGINE)
+    ] = None
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at a time.", rich_help_panel=_ENGINE)] = (
+        64
+    )
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens computed in one step.", rich_help_panel=_ENGINE)
+    ] = 2048
+    device: Annotated[Device, typer.Option(help="What the workers compute on.", rich_help_panel=_ENGINE)] = Device.auto
+    threads: Annotated[
+        int, typer.Option(min=0, help="CPU threads per worker; 0 shares the cores out.", rich_help_panel=_ENGINE)
+    ] = 0
+    attention_backend: Annotated[
+        AttentionBackend, typer.Option(help="How attention is computed.", rich_help_panel=_ENGINE)
+    ] = AttentionBackend.auto
+    kernels: Annotated[
+        Kernels,
+        typer.Option(help="Compiled kernels where there are any, or torch's alone.", rich_help_panel=_ENGINE),
+    ] = Kernels.auto
+    start_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds until every worker must answer.", rich_help_panel=_ENGINE)
+    ] = 120.0
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="A running Ray cluster, or 'auto'.",
+            show_default="starts a local one",
+            rich_help_panel=_RAY,
+        ),
+    ] = None
+    k8s_workers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT,…",
+            help="Running 'lightvllm worker' servers, in rank order.",
+            show_default="starts local ones",
+            rich_help_panel=_K8S,
+        ),
+    ] = None
+    k8s_token_file: Annotated[
+        Path | None, typer.Option(help="The token that those servers were started with.", rich_help_panel=_K8S)
+    ] = None
+
+    def refuse_unused(self, executors: Collection[str]) -> None:
+        """Raise ConfigError for an option of an orchestrator that is not used."""
+        for field in fields(self):
+            owner = field.name.partition("_")[0]
+            if owner in ("ray", "k8s") and getattr(self, field.name) is not None and owner not in executors:
+                option = "--" + field.name.replace("_", "-")
+                raise ConfigError(f"{option} is given, but executor {owner} is not used; leave it out, or use {owner}")
+
+    def for_executor(self, executor: str, without: Collection[str] = ()) -> dict[str, Any]:
+        """Arguments for ``LLM``: what was given or has a default; those of another orchestrator are left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.k8s_workers is not None:
+            values["k8s_workers"] = tuple(filter(None, map(str.strip, self.k8s_workers.split(","))))
+        return {
+            name: str(value) if isinstance(value, StrEnum | Path) else value
+            for name, value in values.items()
+            if value is not None and name not in without and name.partition("_")[0] not in {"ray", "k8s"} - {executor}
+        }
+
+
+def with_engine_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the fields of ``EngineOptions`` as options, in place of its parameter ``engine``.
+
+    ``defaults`` are this command's own, by field.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        hints = get_type_hints(EngineOptions, include_extras=True)
+        parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "engine"]
+        parameters += [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults.get(field.name, field.default),
+                annotation=hints[field.name],
+            )
+            for field in fields(EngineOptions)
+        ]
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+
+        @functools.wraps(command)
+        def with_options(**values: Any) -> None:
+            engine = EngineOptions(**{field.name: values.pop(field.name) for field in fields(EngineOptions)})
+            command(engine=engine, **values)
+
+        # typer asks both for what it is to parse, and would follow __wrapped__ to the function inside.
+        del with_options.__wrapped__
+        with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_options
+
+    return decorate
