@@ -78,7 +78,7 @@ def use(mode: Mode = "auto") -> Info:
             logger.warning("slow: torch's own operations run in place of the compiled kernels: %s", failed)
             _info = Info(compiled=False, reason=str(failed))
     for name in _NAMES:
-        globals()[f"_{name}"] = operators.operator(name) if _info.compiled else getattr(reference, name)
+        globals()[f"_{name}"] = operators.function(name) if _info.compiled else getattr(reference, name)
     return _info
 
 
@@ -131,7 +131,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _fused_add_rms_norm(x, residual, weight, eps), residual
+    return _fused_add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
 
 
 def rotary_embedding(positions: Tensor, query: Tensor, key: Tensor, cos_sin: Tensor) -> None:

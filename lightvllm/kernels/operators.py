@@ -40,9 +40,18 @@ def load(path: Path) -> None:
         torch.library.register_fake(f"lightvllm::{name}", shape, lib=_library)
 
 
-def operator(name: str) -> Callable[..., Any]:
-    """The operator's only overload, which is cheaper to call than the packet of overloads."""
-    return getattr(torch.ops.lightvllm, name).default  # type: ignore[no-any-return]
+def function(name: str) -> Callable[..., Any]:
+    """The operator, with its reference's signature."""
+    # The only overload: cheaper to call than the packet of overloads.
+    operator: Callable[..., Any] = getattr(torch.ops.lightvllm, name).default
+    if name != "fused_add_rms_norm":
+        return operator
+
+    def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        # An operator must not return one of its arguments.
+        return operator(x, residual, weight, eps), residual
+
+    return fused_add_rms_norm
 
 
 def _fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
