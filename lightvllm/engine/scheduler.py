@@ -111,7 +111,6 @@ class Scheduler:
         rows: list[ScheduledSequence] = []
         sequences: list[Sequence] = []
         sampled: list[Sequence] = []
-        preempted = len(self._forget)
 
         def take(seq: Sequence) -> None:
             nonlocal budget
@@ -136,34 +135,25 @@ class Scheduler:
             if self.enable_prefix_caching:
                 self._register(seq, start)
 
-        starved = False
         for seq in self.running.copy():
             if len(rows) == max_rows or not budget:
                 break
             if seq.in_flight or seq.status is not SequenceStatus.RUNNING:  # the latter: preempted a moment ago
                 continue
             if not self._grow(seq):
-                starved = True
-                break
+                break  # no block is free: nobody can be admitted below
             take(seq)
 
-        if not starved and len(self._forget) == preempted:
-            while self.waiting and len(self.running) < self.config.max_num_seqs and len(rows) < max_rows and budget:
-                seq = self.waiting[0]
-                if not self._admit(seq):
-                    break
-                new.append(
-                    NewSequence(
-                        seq.seq_id,
-                        seq.token_ids.copy(),
-                        seq.prompt_len,
-                        seq.seed,
-                        seq.sampling,
-                        sorted(seq.stop_token_ids),
-                    )
-                )
-                seq.num_sent_tokens = len(seq.token_ids)
-                take(seq)
+        while self.waiting and len(self.running) < self.config.max_num_seqs and len(rows) < max_rows and budget:
+            seq = self.waiting[0]
+            if not self._admit(seq):
+                break
+            tokens = seq.token_ids.copy()
+            new.append(
+                NewSequence(seq.seq_id, tokens, seq.prompt_len, seq.seed, seq.sampling, sorted(seq.stop_token_ids))
+            )
+            seq.num_sent_tokens = len(tokens)
+            take(seq)
 
         if not rows:
             return None
@@ -221,8 +211,8 @@ class Scheduler:
         if missing <= 0:
             return True
         while self.blocks.num_free < missing:
-            last = next((s for s in reversed(self.running) if not s.in_flight), seq)
-            if last.seq_id <= seq.seq_id:
+            last = next(s for s in reversed(self.running) if not s.in_flight)
+            if last is seq:
                 return False
             self._evict(last)
             last.num_preemptions += 1
