@@ -166,6 +166,10 @@ class ParallelContext:
             self._sending = None
             work.wait()
 
+    def abandon_sending(self) -> None:
+        """Forget what was sent but not taken, because the step that it belonged to has failed."""
+        self._sending = None
+
     def receive_from_previous_stage(self, shape: Sequence[int], dtype: torch.dtype, tag: int) -> Tensor:
         assert self._pp_group is not None
         x = torch.empty(tuple(shape), dtype=dtype, device=self.device)

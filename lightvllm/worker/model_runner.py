@@ -26,12 +26,14 @@ class ModelRunner:
 
     Attributes:
         parameter_bytes: memory of the weights on this rank.
+        return_logits: whether steps return their logits; at first as configured.
     """
 
     def __init__(self, config: EngineConfig, parallel: ParallelContext, attention: AttentionBackend) -> None:
         self._config, self._parallel, self._attention = config, parallel, attention
         self._device, self._dtype = parallel.device, torch_dtype(config.model)
         self._block_size = config.cache.block_size
+        self.return_logits = config.return_logits
         self._model = build_model(config.model, parallel, attention)
         load_weights(self._model, config.model)
         self.parameter_bytes = parameter_bytes(self._model.weights())
@@ -71,7 +73,9 @@ class ModelRunner:
         self._caches = []
 
     def reset_sequences(self) -> None:
+        """Forget all sequences and whatever a failed step left unfinished. No step may be running on any rank."""
         self._sequences.clear()
+        self._parallel.abandon_sending()
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput | None:
@@ -99,7 +103,7 @@ class ModelRunner:
             seq_ids=batch.seq_ids,
             token_ids=token_ids,
             logprobs={s: lp for s, lp in zip(batch.seq_ids, logprobs, strict=True) if lp is not None},
-            logits=_message(logits) if self._config.return_logits else None,
+            logits=_message(logits) if self.return_logits else None,
             model_seconds=time.perf_counter() - began,
         )
 
@@ -123,8 +127,7 @@ class ModelRunner:
         """Run a prefill and a decode in the first block of the cache, so that the first real step finds kernels
         built and memory allocated. Every rank must do it, at the same point, when no sequence is alive."""
         length = min(self._block_size, self._config.model.max_model_len)
-        self._dummy_steps([length - 1] if length > 1 else [], 1)
-        self._parallel.finish_sending()
+        self._dummy_steps([max(1, length - 1)], then_decode=length > 1)
 
     def profile(self) -> None:
         """Run the largest step there can be, for measuring memory, in a cache that is dropped afterwards."""
@@ -132,27 +135,22 @@ class ModelRunner:
         full, rest = divmod(limits.max_num_batched_tokens, longest)
         counts = ([longest] * full + ([rest] if rest else []))[: limits.max_num_seqs]
         self._allocate(sum(-(-count // self._block_size) for count in counts))
-        self._dummy_steps(counts, 0)
-        self._parallel.finish_sending()
+        self._dummy_steps(counts, then_decode=False)
         self.release_cache()
 
-    def _dummy_steps(self, prefills: list[int], decodes: int) -> None:
-        """One step that prefills sequences of the given lengths, then steps of one token each."""
-        sampling = SamplingParams(temperature=0.0)
+    def _dummy_steps(self, prefills: list[int], then_decode: bool) -> None:
+        """A step that prefills sequences of the given lengths, and one in which each gets one token more."""
         block, new, scheduled = 0, [], []
-        for number, count in enumerate(prefills or [1]):
-            blocks = -(-(count + decodes) // self._block_size)
-            new.append(NewSequence(number, [0] * count, count, 0, sampling, []))
+        for number, count in enumerate(prefills):
+            blocks = -(-(count + then_decode) // self._block_size)
+            new.append(NewSequence(number, [0] * count, count, 0, SamplingParams(temperature=0.0), []))
             scheduled.append(ScheduledSequence(number, 0, count, [], list(range(block, block + blocks))))
             block += blocks
         self.execute(StepInput(step=-1, new=new, scheduled=scheduled))
-        for n in range(decodes if prefills else 0):
-            self.execute(
-                StepInput(
-                    step=-2 - n,
-                    scheduled=[ScheduledSequence(s.seq_id, s.count + n, 1, [0], []) for s in scheduled],
-                )
-            )
+        if then_decode:
+            decodes = [ScheduledSequence(s.seq_id, s.count, 1, [0], []) for s in scheduled]
+            self.execute(StepInput(step=-2, scheduled=decodes))
+        self._parallel.finish_sending()
         self.reset_sequences()
 
 

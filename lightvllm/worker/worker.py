@@ -143,6 +143,10 @@ class Worker:
         """Forget all sequences; the weights and the cache stay."""
         self._known(self._runner, "load_model").reset_sequences()
 
+    def set_return_logits(self, wanted: bool) -> None:
+        """Override ``EngineConfig.return_logits`` from the next step on, so that what is timed need not send them."""
+        self._known(self._runner, "load_model").return_logits = wanted
+
     def check_health(self) -> None:
         """Returns if the worker answers and its device does."""
         if self._device.type == "cuda":
