@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, cast
 
@@ -17,12 +18,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from lightvllm.errors import ConfigError
+from lightvllm.errors import ConfigError, LightvllmError
 
 CONNECT_TIMEOUT = 120.0
 """Seconds to wait for the other workers of a group when it is formed."""
 HOST_ENV = "LIGHTVLLM_HOST_IP"
 """Names the address at which other hosts reach this one, where the guess is wrong."""
+
+
+@contextmanager
+def _peers(doing: str) -> Iterator[None]:
+    """Turns torch's account of a peer that did not come, or has gone, into ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise LightvllmError(
+            f"{doing} failed, because another worker of the group did not take part: {reason}"
+        ) from error
 
 
 class _Group(Protocol):
@@ -75,14 +88,17 @@ def join_store(rendezvous: str, world_size: int) -> TCPStore:
     host, _, port = rendezvous.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"rendezvous={rendezvous!r}; expected 'host:port' as open_rendezvous returned it")
-    return TCPStore(
-        host, int(port), world_size, is_master=False, timeout=timedelta(seconds=CONNECT_TIMEOUT), wait_for_workers=False
-    )
+    limit = timedelta(seconds=CONNECT_TIMEOUT)
+    with _peers(f"the meeting at {rendezvous}"):
+        return TCPStore(host, int(port), world_size, is_master=False, timeout=limit, wait_for_workers=False)
 
 
 class ParallelContext:
-    """Rank = pipeline rank × tp_size + tensor rank. Collectives block; a peer that does not come within the group's
-    time-out, or whose connection breaks, raises RuntimeError with gloo's or NCCL's reason."""
+    """Rank = pipeline rank × tp_size + tensor rank.
+
+    Collectives block; a peer that does not come within the group's time-out, or whose connection breaks, raises
+    LightvllmError with gloo's or NCCL's reason.
+    """
 
     def __init__(
         self,
@@ -121,8 +137,9 @@ class ParallelContext:
                 return None
             return _process_group(device, PrefixStore(name, store), group_rank, size, timeout, local)
 
-        context._tp_group = group(f"tp{context.pp_rank}", context.tp_rank, tp_size)
-        context._pp_group = group(f"pp{context.tp_rank}", context.pp_rank, pp_size)
+        with _peers("the meeting"):
+            context._tp_group = group(f"tp{context.pp_rank}", context.tp_rank, tp_size)
+            context._pp_group = group(f"pp{context.tp_rank}", context.pp_rank, pp_size)
         return context
 
     @property
@@ -136,7 +153,8 @@ class ParallelContext:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the tensor ranks, in place; returns ``x``."""
         if self._tp_group is not None:
-            self._tp_group.allreduce([x]).wait()
+            with _peers("the sum over the tensor ranks"):
+                self._tp_group.allreduce([x]).wait()
         return x
 
     def gather(self, x: Tensor) -> Tensor | None:
@@ -146,7 +164,8 @@ class ParallelContext:
         options = dist.GatherOptions()
         options.rootRank = 0
         parts = [torch.empty_like(x) for _ in range(self.tp_size)] if self.tp_rank == 0 else []
-        self._tp_group.gather([parts] if parts else [], [x.contiguous()], options).wait()
+        with _peers("the gathering of logits"):
+            self._tp_group.gather([parts] if parts else [], [x.contiguous()], options).wait()
         return torch.cat(parts, dim=-1) if parts else None
 
     def send_to_next_stage(self, x: Tensor, tag: int) -> None:
@@ -157,14 +176,16 @@ class ParallelContext:
         """
         assert self._pp_group is not None
         self.finish_sending()
-        self._sending = (self._pp_group.send([x], self.pp_rank + 1, tag), x)
+        with _peers("sending to the next stage"):
+            self._sending = (self._pp_group.send([x], self.pp_rank + 1, tag), x)
 
     def finish_sending(self) -> None:
         """Wait until what ``send_to_next_stage`` sent has been taken."""
         if self._sending is not None:
             work, _ = self._sending
             self._sending = None
-            work.wait()
+            with _peers("sending to the next stage"):
+                work.wait()
 
     def abandon_sending(self) -> None:
         """Forget what was sent but not taken, because the step that it belonged to has failed."""
@@ -173,7 +194,8 @@ class ParallelContext:
     def receive_from_previous_stage(self, shape: Sequence[int], dtype: torch.dtype, tag: int) -> Tensor:
         assert self._pp_group is not None
         x = torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        self._pp_group.recv([x], self.pp_rank - 1, tag).wait()
+        with _peers("receiving from the previous stage"):
+            self._pp_group.recv([x], self.pp_rank - 1, tag).wait()
         return x
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightvllm.config import EngineConfig
-from lightvllm.errors import ConfigError
+from lightvllm.errors import ConfigError, LightvllmError
 from lightvllm.layers.attention import AttentionBackend, KVCache
 from lightvllm.layers.parallel import ParallelContext
 from lightvllm.layers.sampler import sample
@@ -85,6 +85,8 @@ class ModelRunner:
         sequences: call ``reset_sequences`` on all and send the sequences as new.
         """
         began = time.perf_counter()
+        if not self._caches:
+            raise LightvllmError("there is no KV cache to run a step with; call initialize_from_config first")
         self._sequences.update(step)
         logits, batch = None, None
         if step.scheduled:
