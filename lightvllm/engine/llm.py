@@ -14,7 +14,7 @@ import sys
 import typing
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -215,7 +215,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """``generate``, but yield each request's output whenever it has grown, the finished one last.
 
         Outputs are cumulative, and their text only grows: print what is behind what you have printed.
@@ -255,7 +255,7 @@ class LLM:
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         stream: bool,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Queue the prompts and yield their outputs.
 
         Whoever steps the engine may receive another call's outputs (a stream may be left standing half way): they go
