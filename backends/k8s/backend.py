@@ -282,15 +282,10 @@ class KubernetesBackend:
             return
         if self._reporting.acquire(timeout=timeout):  # an on_failure that has begun comes to its end first
             self._reporting.release()
-        for member in members:
-            self._say_goodbye(member)
+        goodbyes = [self._say_goodbye(member) for member in members]
         politely_until = time.monotonic() + 0.6 * (deadline - time.monotonic())
-        for member in members:
-            over = (
-                member.endpoint.process.exited if member.endpoint.process else member.session and member.session.ended
-            )
-            if over:
-                over.wait(max(0.0, politely_until - time.monotonic()))
+        for over in filter(None, goodbyes):
+            over.wait(max(0.0, politely_until - time.monotonic()))
         self._discovery.close(deadline)
         for member in members:
             if member.session is not None:
@@ -298,17 +293,19 @@ class KubernetesBackend:
         atexit.unregister(self.shutdown)
         self._ended.set()
 
-    def _say_goodbye(self, member: _Member) -> None:
-        """An idle worker is told to end; one that is busy or not placed yet is not waited for."""
+    def _say_goodbye(self, member: _Member) -> threading.Event | None:
+        """Tell an idle worker to end, and return what tells that it has; one that is busy or was never placed is ended
+        at once."""
         session, process = member.session, member.endpoint.process
-        idle = session is not None and member.placed.done() and session.pending_method is None
-        if session is not None and idle:
+        placed = member.placed.done() and member.placed.exception() is None
+        if session is not None and placed and session.pending_method is None:
             session.close()
-            return
+            return process.exited if process is not None else session.ended
         if process is not None:
             process.kill()
         if session is not None:
             session.abort()
+        return None
 
 
 def _check_nodes(request: Placement, refs: list[WorkerRef]) -> None:

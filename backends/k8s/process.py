@@ -30,6 +30,7 @@ from lightvllm.errors import ConfigError, PlacementError
 MAX_MESSAGE_BYTES = 256 * 2**20
 """Default of the largest payload of a call or a reply."""
 
+_KILLED_SECONDS = 5.0  # from SIGKILL to the end, which the kernel may put off (a stuck mount or device)
 _TAIL_LINES = 40
 _LINE_BYTES = 4096
 _SERVER_MODULE = "lightvllm.backends.k8s.server"
@@ -65,7 +66,7 @@ class WorkerProcess:
     """A running child.
 
     Attributes:
-        exited: set as soon as the process has ended and been reaped.
+        exited: set when the process has ended, ``reason`` knows how, and what it had started is killed.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class WorkerProcess:
             self._reader = self._thread(self._read_stderr, self._process.stderr)
         self._status: Future[Status] = Future()
         self._reaping = threading.Lock()
+        self._reaped = False
         self._thread(self._read_status, self._process.stdout)
         self._thread(self._wait, on_exit)
         stdin = self._stdin()
@@ -150,15 +152,15 @@ class WorkerProcess:
     def kill(self) -> None:
         """SIGKILL it and what it has started itself."""
         with self._reaping:
-            if not self.exited.is_set():
+            if not self._reaped:
                 os.killpg(self.pid, signal.SIGKILL)
 
     def end(self, deadline: float) -> None:
-        """Hang up; from ``deadline`` (``time.monotonic()``) on kill. Returns when it is gone."""
+        """Hang up; kill what has not gone at ``deadline`` (``time.monotonic()``)."""
         self.hang_up()
         if not self.exited.wait(max(0.0, deadline - time.monotonic())):
             self.kill()
-            self.exited.wait()
+            self.exited.wait(_KILLED_SECONDS)
 
     def _stdin(self) -> IO[bytes]:
         assert self._process.stdin is not None
@@ -189,10 +191,11 @@ class WorkerProcess:
         with self._reaping:  # until it is reaped, its group's number is nobody else's
             os.killpg(self.pid, signal.SIGKILL)  # what it started itself and left behind
             self._process.wait()
-            self.exited.set()
+            self._reaped = True
         if self._reader is not None:
             self._reader.join(0.2)  # its last words; a grandchild elsewhere may hold the pipe open for longer
         self.hang_up()
+        self.exited.set()
         on_exit()
 
 

@@ -24,14 +24,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
+import grpc
 import msgspec
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lightvllm.backends.base import load_worker_class
+from lightvllm.backends.k8s import wire
 from lightvllm.backends.k8s.devices import visible_gpus
 from lightvllm.backends.k8s.process import Bootstrap, Status
 from lightvllm.backends.k8s.security import Token
 from lightvllm.errors import ConfigError
 from lightvllm.messages import encode_failure, invoke
+from lightvllm.proto import worker_pb2 as pb
 from lightvllm.version import __version__
 
 _THREADS = 8  # one is the session's; the others answer health checks and refuse
@@ -44,18 +48,23 @@ def main() -> NoReturn:
     with open(os.devnull) as null:
         os.dup2(null.fileno(), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with open(hangup_fd, "rb", buffering=0) as hangup:
-        bootstrap = msgspec.json.decode(hangup.readline(), type=Bootstrap)
-        sys.path.extend(entry for entry in bootstrap.sys_path if entry not in sys.path)
+    hangup = open(hangup_fd, "rb")  # noqa: SIM115  until the process ends
+    line = hangup.readline()
+    if not line.endswith(b"\n"):  # the parent has gone already
+        sys.exit(0)
+    bootstrap = msgspec.json.decode(line, type=Bootstrap)
+    threading.Thread(target=_exit_at_end_of, args=(hangup, bootstrap.listen), daemon=True).start()
+    sys.path.extend(entry for entry in bootstrap.sys_path if entry not in sys.path)
+    try:
         host = _serve(bootstrap, status_fd)
-        threading.Thread(target=_exit_at_end_of, args=(hangup, bootstrap.listen), daemon=True).start()
         host.ended.wait()
         limit = threading.Timer(_EXIT_SECONDS, os._exit, [0])
         limit.daemon = True
         limit.start()
         host.close()
+    finally:
         _forget_socket(bootstrap.listen)
-        sys.exit(0)
+    sys.exit(0)
 
 
 def _exit_at_end_of(hangup: Any, listen: str) -> None:
@@ -75,17 +84,42 @@ def _forget_socket(listen: str) -> None:
 
 
 def _serve(bootstrap: Bootstrap, status_fd: int) -> Host:
-    with open(status_fd, "wb") as out:
-        try:
-            host = Host(bootstrap)
-        except (ConfigError, RuntimeError, ImportError) as error:
-            taken = isinstance(error, RuntimeError)  # all that grpc says of any failure to bind
-            text = f"cannot listen on {bootstrap.listen}: is the address in use?" if taken else str(error)
-            out.write(msgspec.json.encode(Status(error=text)) + b"\n")
-            out.flush()
-            sys.exit(1)
-        out.write(msgspec.json.encode(Status(address=host.address)) + b"\n")
+    """The server, listening; the parent is told where, or why not."""
+    try:
+        host = Host(bootstrap)
+        status = Status(address=host.address)
+    except RuntimeError:  # all that grpc says of any failure to bind
+        status = Status(error=f"cannot listen on {bootstrap.listen}: is the address in use?")
+    except ConfigError as error:
+        status = Status(error=str(error))
+    with contextlib.suppress(BrokenPipeError):  # the parent has gone, and with it our stdin
+        os.write(status_fd, msgspec.json.encode(status) + b"\n")
+    os.close(status_fd)
+    if status.error:
+        sys.exit(1)
     return host
+
+
+class _RequireToken:
+    """Interceptor: lets nothing but health checks through without the token, before any message is read.
+
+    A ``grpc.ServerInterceptor`` in all but name, which has no types.
+    """
+
+    def __init__(self, token: Token) -> None:
+        self._token = token
+        # A stream handler for every method: a unary one would have read the request first.
+        self._refusal = grpc.stream_stream_rpc_method_handler(self._refuse)
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        allowed = details.method.startswith(f"/{health.SERVICE_NAME}/")
+        if allowed or self._token.matches(details.invocation_metadata):
+            return continuation(details)
+        return self._refusal
+
+    @staticmethod
+    def _refuse(_: object, context: Any) -> None:
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
 
 
 class Host:
@@ -97,43 +131,16 @@ class Host:
     """
 
     def __init__(self, bootstrap: Bootstrap) -> None:
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # or grpc adds lines of its own to our one-line errors
-        import grpc
-        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-
-        from lightvllm.backends.k8s import wire
-        from lightvllm.proto import worker_pb2
-
-        self._grpc, self._wire, self._pb = grpc, wire, worker_pb2
+        """Listens when it returns. Raises RuntimeError if it cannot, ConfigError for an unreadable TLS file."""
         self._limit = bootstrap.max_message_bytes
         self._lock = threading.Lock()
         self._driver: str | None = None
         self._closed_by_driver = False
-        self._asked: Future[Any] = Future()  # the InitWorkerRequest
-        self._answered: Future[Any] = Future()  # the InitWorkerReply
+        self._asked: Future[pb.InitWorkerRequest] = Future()
+        self._answered: Future[pb.InitWorkerReply] = Future()
         self.ended = threading.Event()
-
-        token = Token(bootstrap.token)
-
-        class RequireToken:
-            """Lets nothing but health checks through without the token, before any message is read."""
-
-            def intercept_service(self, continuation: Any, details: Any) -> Any:
-                if details.method.startswith(f"/{health.SERVICE_NAME}/") or token.matches(details.invocation_metadata):
-                    return continuation(details)
-                return refusal
-
-        def refuse(_: object, context: Any) -> None:
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
-
-        refusal = grpc.stream_stream_rpc_method_handler(refuse)  # a unary one would read the request first
-
-        interceptors: Any = [RequireToken()]  # a grpc.ServerInterceptor in all but name
+        interceptors: Any = [_RequireToken(Token(bootstrap.token))]
         self._health = health.HealthServicer()
-        self._serving, self._not_serving = (
-            health_pb2.HealthCheckResponse.SERVING,
-            health_pb2.HealthCheckResponse.NOT_SERVING,
-        )
         self._server = grpc.server(
             ThreadPoolExecutor(_THREADS, thread_name_prefix="lightvllm-grpc"),
             interceptors=interceptors,
@@ -146,7 +153,7 @@ class Host:
         self.address = bootstrap.listen if unix else f"{bootstrap.listen.rpartition(':')[0]}:{port}"
         self._server.start()
         for service in ("", wire.SERVICE):
-            self._health.set(service, self._serving)
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
         self._server.stop(0.2).wait()
@@ -155,15 +162,15 @@ class Host:
 
     def _session(self, calls: Iterator[Any], context: Any) -> Iterator[Any]:
         """Take the worker, construct it, then run its calls one by one, in the order in which they arrive."""
-        driver = _driver_of(context, self._wire.DRIVER_KEY)
+        driver = _driver_of(context, wire.DRIVER_KEY)
         if not driver:
-            context.abort(self._grpc.StatusCode.INVALID_ARGUMENT, f"the metadata lacks {self._wire.DRIVER_KEY}")
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the metadata lacks {wire.DRIVER_KEY}")
         with self._lock:
             free = self._driver is None
             self._driver = self._driver or driver
         if not free:
             context.abort(
-                self._grpc.StatusCode.FAILED_PRECONDITION, "it is serving another driver; a worker serves one at a time"
+                grpc.StatusCode.FAILED_PRECONDITION, "it is serving another driver; a worker serves one at a time"
             )
         if not context.add_callback(self._session_over):
             self._session_over()
@@ -174,25 +181,25 @@ class Host:
                 reply = failure or _invoke(worker, call.method, call.payload, self._limit)
             except BaseException as error:  # noqa: BLE001  SystemExit and the like: the end of the process
                 _exit_with(error)
-            yield self._pb.Reply(sequence_number=call.sequence_number, payload=reply)
+            yield pb.Reply(sequence_number=call.sequence_number, payload=reply)
         self._closed_by_driver = True
 
     def _session_over(self) -> None:
-        for service in ("", self._wire.SERVICE):
-            self._health.set(service, self._not_serving)
+        for service in ("", wire.SERVICE):
+            self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         if not self._closed_by_driver:
             os._exit(0)
         self.ended.set()
 
     def _init_worker(self, request: Any, context: Any) -> Any:
-        driver = _driver_of(context, self._wire.DRIVER_KEY)
+        driver = _driver_of(context, wire.DRIVER_KEY)
         with self._lock:
             expected = driver is not None and driver == self._driver and not self._asked.done()
             if expected:
                 self._asked.set_result(request)
         if not expected:
             context.abort(
-                self._grpc.StatusCode.FAILED_PRECONDITION, "InitWorker is called once, by the driver that has a session"
+                grpc.StatusCode.FAILED_PRECONDITION, "InitWorker is called once, by the driver that has a session"
             )
         return self._answered.result()
 
@@ -211,7 +218,7 @@ class Host:
         except BaseException as error:  # noqa: BLE001
             _exit_with(error)
         self._answered.set_result(
-            self._pb.InitWorkerReply(
+            pb.InitWorkerReply(
                 failure=failure,
                 python_version=platform.python_version(),
                 lightvllm_version=__version__,

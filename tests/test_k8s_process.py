@@ -1,0 +1,159 @@
+"""A worker server as a child process: how it is started, watched and ended."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytest.importorskip("grpc", reason="the k8s extra is not installed")
+
+from k8s_servers import LIMIT, TESTS, gone, script, wait_until
+
+from lightvllm.backends.k8s.process import WorkerProcess
+from lightvllm.backends.k8s.security import Token
+from lightvllm.errors import ConfigError, PlacementError
+
+TOKEN = Token.new()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short enough for a socket's path, which pytest's own may not be."""
+    with tempfile.TemporaryDirectory(prefix="lightvllm-", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+def start(listen: str, **options: Any) -> WorkerProcess:
+    env = {**os.environ, "PYTHONPATH": TESTS, **options.pop("env", {})}
+    return WorkerProcess(listen, TOKEN, max_message_bytes=1 << 20, env=env, **options)
+
+
+def test_it_listens_and_exits_when_its_stdin_ends(folder: Path) -> None:
+    exits: queue.SimpleQueue[str] = queue.SimpleQueue()
+    process = start(f"unix:{folder}/w.sock", on_exit=lambda: exits.put("exited"))
+    assert process.wait_listening(LIMIT) == f"unix:{folder}/w.sock"
+    assert process.reason() == "is running"
+    process.hang_up()
+    process.hang_up()
+    assert exits.get(timeout=LIMIT) == "exited"
+    assert process.reason() == "exited with code 0"
+    assert not folder.exists()  # it has taken its socket with it
+
+
+def test_the_token_is_in_neither_its_arguments_nor_its_environment(folder: Path) -> None:
+    process = start(f"unix:{folder}/w.sock")
+    process.wait_listening(LIMIT)
+    for name in ("cmdline", "environ"):
+        content = Path(f"/proc/{process.pid}/{name}").read_bytes()
+        assert content
+        assert TOKEN.reveal().encode() not in content
+    process.end(time.monotonic() + LIMIT)
+
+
+def test_a_signal_is_named(folder: Path) -> None:
+    process = start(f"unix:{folder}/w.sock")
+    process.wait_listening(LIMIT)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.exited.wait(LIMIT)
+    assert process.reason("during load_model") == "killed by SIGKILL during load_model"
+    process.kill()
+    process.end(time.monotonic())
+
+
+def test_ctrl_c_of_the_terminal_is_not_for_it(folder: Path) -> None:
+    process = start(f"unix:{folder}/w.sock")
+    process.wait_listening(LIMIT)
+    assert os.getpgid(process.pid) != os.getpgid(0)
+    os.kill(process.pid, signal.SIGINT)
+    assert not process.exited.wait(0.2)
+    process.end(time.monotonic() + LIMIT)
+    assert process.reason() == "exited with code 0"
+
+
+def test_one_that_does_not_listen_says_why(folder: Path) -> None:
+    process = start(f"unix:{folder}/no/such/folder/w.sock")
+    with pytest.raises(ConfigError, match=r"^cannot listen on unix:\S*: is the address in use\?$"):
+        process.wait_listening(LIMIT)
+    assert process.exited.wait(LIMIT)
+
+
+def test_one_that_dies_before_it_listens_gives_its_last_words(folder: Path) -> None:
+    (folder / "grpc.py").write_text("raise SystemExit('this grpc is broken')")
+    process = start(f"unix:{folder}/w.sock", env={"PYTHONPATH": str(folder)})
+    with pytest.raises(PlacementError, match="exited with code 1 before it listened: this grpc is broken"):
+        process.wait_listening(LIMIT)
+
+
+def test_one_that_takes_too_long_is_a_placement_error(folder: Path) -> None:
+    process = start(f"unix:{folder}/w.sock")
+    with pytest.raises(PlacementError, match="did not listen within 0 s"):
+        process.wait_listening(0.0)
+    process.end(time.monotonic())
+    assert process.exited.is_set()
+
+
+def test_one_that_is_stuck_is_killed(folder: Path) -> None:
+    process = start(f"unix:{folder}/w.sock")
+    process.wait_listening(LIMIT)
+    os.kill(process.pid, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, "the process to stop")
+    process.end(time.monotonic() + 0.1)
+    assert process.reason() == "killed by SIGKILL"
+
+
+def test_what_it_started_itself_ends_with_it(folder: Path) -> None:
+    """The server module is replaced by a program that leaves a child of its own behind."""
+    (folder / "grpc.py").write_text(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "sys.exit(f'child {child.pid}')\n"
+    )
+    process = start(f"unix:{folder}/w.sock", env={"PYTHONPATH": str(folder)})
+    assert process.exited.wait(LIMIT)
+    child = wait_until(lambda: process.reason().partition("child ")[2], "its last words")
+    wait_until(lambda: gone(int(child)), "the child to be gone")
+
+
+def test_what_it_says_is_shown_only_on_demand(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "grpc.py").write_text("raise SystemExit('some words')")
+    for debug, shown in (("", False), ("1", True)):
+        monkeypatch.setenv("LIGHTVLLM_DEBUG", debug)
+        exited = threading.Event()
+        process = start(f"unix:{folder}/w.sock", env={"PYTHONPATH": str(folder)}, on_exit=exited.set)
+        assert exited.wait(LIMIT)
+        assert (f"[worker {process.pid}] some words" in capsys.readouterr().err) == shown
+
+
+PARENT = """
+import os, sys, time
+from lightvllm.backends.k8s.process import WorkerProcess
+from lightvllm.backends.k8s.security import Token
+process = WorkerProcess(sys.argv[1], Token.new(), max_message_bytes=1 << 20, env=os.environ)
+if sys.argv[2] == "listening":
+    process.wait_listening(60)
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("when", ["starting", "listening"])
+def test_it_does_not_outlive_its_parent(folder: Path, when: str) -> None:
+    with script(PARENT, f"unix:{folder}/w.sock", when) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert not gone(pid)
+        parent.kill()
+        wait_until(lambda: gone(pid), "the worker to be gone")
+        assert not folder.exists()
