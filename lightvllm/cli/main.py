@@ -44,9 +44,7 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             raise typer.Exit(128 + signal.SIGINT) from None
         except BrokenPipeError:
-            # What is still buffered can no longer be written; let the flush at exit go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(128 + signal.SIGPIPE) from None
+            raise typer.Exit(_no_reader()) from None
 
 
 app = typer.Typer(
@@ -92,6 +90,8 @@ def main(arguments: Sequence[str]) -> int:
             status = typer.main.get_command(app).main(args=given, prog_name="lightvllm", standalone_mode=False)
             sys.stdout.flush()
         return status if isinstance(status, int) else 0
+    except BrokenPipeError:
+        return _no_reader()
     except _UsageError as wrong:
         command = wrong.ctx.command_path if getattr(wrong, "ctx", None) else "lightvllm"
         if message := wrong.format_message():
@@ -116,6 +116,12 @@ def main(arguments: Sequence[str]) -> int:
 def run() -> NoReturn:
     """The console script."""
     sys.exit(main(sys.argv[1:]))
+
+
+def _no_reader() -> int:
+    """What is still buffered can no longer be written: let the flush at exit go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _say(message: str) -> None:

@@ -61,7 +61,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         threads: CPU threads of each worker.
         device, attention_backend, kernels: what the workers said that they use.
         output_tokens, steps: how many.
-        seconds: from asking to the last token, without what parity itself did.
+        seconds: from asking to the last token, without logits being sent.
         outside_us_p50, outside_us_p99: microseconds of a step that the output rank did not spend in it.
         start_seconds: until the first step could be run.
     """

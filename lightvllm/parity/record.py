@@ -1,9 +1,8 @@
-"""Listens to an engine's steps: keeps what the comparison needs of the logits, and how long the listening took."""
+"""Listens to an engine's steps and keeps what the comparison needs of the logits."""
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +30,15 @@ class Recorder:
     """An engine's ``on_step``. Sequences are told apart by id, which an engine deals out in the order of asking.
 
     Attributes:
+        listening: steps pass unheard while this is false.
         rows: by sequence, the logits of each generated token, float32 [vocab_size].
         digests: by sequence, SHA-256 of each of those rows.
-        listening_seconds: per step, time spent in here.
     """
 
     def __init__(self) -> None:
+        self.listening = False
         self.rows: dict[int, list[NDArray[np.float32]]] = {}
         self.digests: dict[int, list[str]] = {}
-        self.listening_seconds: list[float] = []
         self._whole = hashlib.sha256()
 
     @property
@@ -48,8 +47,7 @@ class Recorder:
         return self._whole.hexdigest()
 
     def __call__(self, step_input: StepInput, output: StepOutput, batch: Any) -> None:
-        started = time.perf_counter()
-        if output.seq_ids:
+        if self.listening and output.seq_ids:
             if output.logits is None or output.logits.dtype != "float32":
                 got = output.logits.dtype if output.logits else "no"
                 raise LightvllmError(f"step {output.step} came back with {got} logits; expected float32")
@@ -57,4 +55,3 @@ class Recorder:
             for seq_id, row in zip(output.seq_ids, output.logits.numpy(), strict=True):
                 self.rows.setdefault(seq_id, []).append(row)
                 self.digests.setdefault(seq_id, []).append(hashlib.sha256(row).hexdigest())
-        self.listening_seconds.append(time.perf_counter() - started)

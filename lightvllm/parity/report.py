@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 FOOTNOTES = """\
 Tokens are greedy. The logits digest is the SHA-256 over the float32 logits of every step in order; it is compared
-within a layout, because another layout adds the same numbers up in another order. Largest |Δlogit| is from the
-reference, on the same tokens. Time outside the model is a step's time on the driver less the output rank's share; with
-several pipeline stages the earlier stages' time is in it. All times include sending every step's logits to the driver.
+within a layout, because another layout adds the same numbers up in another order. Largest Δlogit is the largest
+absolute difference from the reference's logits on the same tokens. Time outside the model is a step's time in the
+driver less the time that the output rank spent in it, its waiting for other ranks included. Times are taken without
+logits being sent.
 """
 
 
@@ -74,16 +75,15 @@ def explain(mismatch: Mismatch) -> list[str]:
 
 def print_report(report: Report, console: Console) -> None:
     """Table, verdict and a sample of what was said."""
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{report.model}, {report.dtype}, {len(report.prompts)} prompts", title_justify="left")
-    for column in ("layout\nTPxPP", "executor"):
+    # Narrow enough for 80 columns: a table that is cut off says nothing.
+    table = Table(box=box.HORIZONTALS, padding=(0, 0, 0, 1), pad_edge=False)
+    for column in ("TPxPP", "executor", "same\ntokens", "same\nlogits", "logits\ndigest"):
         table.add_column(column, no_wrap=True)
-    for column in ("same\ntokens", "same\nlogits", "logits\ndigest"):
-        table.add_column(column, no_wrap=True)
-    numbers = ("largest\n|Δlogit|", "tokens/s", "outside the model\nµs p50 / p99", "start-up\ns", "threads")
-    for column in numbers:
+    for column in ("largest\nΔlogit", "tokens\n/s", "outside the\nmodel, µs", "start\ns"):
         table.add_column(column, justify="right", no_wrap=True)
     layout = None
     for row in rows(report):
@@ -96,14 +96,16 @@ def print_report(report: Report, console: Console) -> None:
             run.executor if run.repeat == 1 else f"{run.executor} ({run.repeat})",
             _mark(row.tokens),
             _mark(row.logits),
-            run.digest[:12],
+            run.digest[:8],
             "–" if run.max_abs_logit_difference is None else f"{run.max_abs_logit_difference:.1e}",
             f"{run.tokens_per_second:.1f}",
-            f"{run.outside_us_p50:.0f} / {run.outside_us_p99:.0f}",
+            f"{run.outside_us_p50:.0f}/{run.outside_us_p99:.0f}",
             f"{run.start_seconds:.1f}",
-            str(run.threads),
         )
+    asked = f"{report.model}, {report.dtype}, {len(report.prompts)} prompts, at most {report.max_tokens} tokens each"
+    console.print(asked, markup=False, highlight=False, soft_wrap=True)
     console.print(table)
+    console.print("outside the model: p50/p99 per step", style="dim")
     for mismatch in report.mismatches:
         for line in explain(mismatch):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -189,6 +189,8 @@ def _run(
     progress: Callable[[str], None],
     make_llm: Callable[..., LLM],
 ) -> Run:
+    """Ask twice: first timed, then for the logits, whose way to the driver would be in the times. The second time the
+    engine finds the prompts in its prefix cache, so that is compared, too."""
     import numpy as np
 
     name = f"{executor} {layout}" + (f", run {repeat} of {plan.repeat}" if plan.repeat > 1 else "")
@@ -205,12 +207,18 @@ def _run(
         progress=lambda what: progress(f"{name}: {what}"),
         **plan.options.get(executor, {}),
     ) as llm:
-        progress(f"{name}: generating")
+        sampling = SamplingParams(temperature=0.0, max_tokens=plan.max_tokens)
+        progress(f"{name}: generating, timed")
+        llm.executor.collective_rpc("set_return_logits", args=(False,))
         started = time.perf_counter()
-        outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=plan.max_tokens), use_tqdm=False)
-        seconds = time.perf_counter() - started - sum(recorder.listening_seconds)
-        timings, info = list(llm.engine.timings), llm.executor.worker_infos[llm.executor.output_rank]
-        start_seconds = llm.executor.start_seconds
+        timed = llm.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        outside = [1e6 * (timing.seconds - timing.model_seconds) for timing in llm.engine.timings]
+        progress(f"{name}: generating, with logits")
+        llm.executor.collective_rpc("set_return_logits", args=(True,))
+        recorder.listening = True
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        info, start_seconds = llm.executor.worker_infos[llm.executor.output_rank], llm.executor.start_seconds
     # One engine deals out its sequences' ids in the order of asking.
     rows = [recorder.rows[seq_id] for seq_id in sorted(recorder.rows)]
     digests = [recorder.digests[seq_id] for seq_id in sorted(recorder.digests)]
@@ -219,9 +227,6 @@ def _run(
         difference = max(
             largest_difference(reference, i, output.outputs[0].token_ids, rows[i]) for i, output in enumerate(outputs)
         )
-    # The timings of a very long run are cut off at their beginning.
-    listening = recorder.listening_seconds[-len(timings) :]
-    outside = [1e6 * (t.seconds - own - t.model_seconds) for t, own in zip(timings, listening, strict=True)]
     return Run(
         executor=executor,
         layout=str(layout),
@@ -242,8 +247,8 @@ def _run(
         device=info.device,
         attention_backend=info.attention_backend,
         kernels=info.kernels,
-        output_tokens=sum(len(output.outputs[0].token_ids) for output in outputs),
-        steps=len(recorder.listening_seconds),
+        output_tokens=sum(len(output.outputs[0].token_ids) for output in timed),
+        steps=len(outside),
         seconds=seconds,
         outside_us_p50=float(np.percentile(outside, 50)),
         outside_us_p99=float(np.percentile(outside, 99)),
