@@ -14,7 +14,6 @@ the process is gone, whether or not any call is pending.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import re
@@ -54,6 +53,7 @@ class RayBackend:
         self.driver_node = ""  # known once there is a connection
         self._address = address
         self._local_cluster = local_cluster or LocalClusterConfig()
+        self._connecting: Future[None] | None = None
         self._lease: Lease | None = None
         self._group: Any = None
         self._actors: dict[str, _Actor] = {}
@@ -87,7 +87,8 @@ class RayBackend:
         try:
             where = f"to connect to Ray at {self._address}" if self._address else "for Ray to start"
             tell(f"waiting {where}")
-            self._await([_in_thread(self._connect)], deadline, f"{timeout:g} s were not enough {where}")
+            self._connecting = _in_thread(self._connect)
+            self._await([self._connecting], deadline, f"{timeout:g} s were not enough {where}")
             self._start_actors(request)
             refs = self._wait_until_ready(request, deadline, timeout, tell)
             with self._guard:
@@ -139,8 +140,10 @@ class RayBackend:
                 ).remote()
                 actor = _Actor(WorkerRef(f"ray-{index}", "", index=index), handle)
                 self._actors[actor.ref.id] = actor
-                self._follow(actor, handle.watch.options(concurrency_group="watch").remote(), None)
-                self._follow(actor, handle.start.remote(request.worker_class, dict(request.env)), actor.started)
+                self._follow(actor, handle.watch.options(concurrency_group="watch").remote(), None, "watch")
+                self._follow(
+                    actor, handle.start.remote(request.worker_class, dict(request.env)), actor.started, "start"
+                )
         except Exception as error:
             raise PlacementError(f"Ray refused the placement group or an actor: {one_line(error)}") from error
 
@@ -217,7 +220,7 @@ class RayBackend:
                 future.set_exception(LightvllmError(f"Ray could not send {method} to {worker.id}: {one_line(error)}"))
                 return future
             actor.pending.add(future)
-        self._follow(actor, reply, future)
+        self._follow(actor, reply, future, method)
         return future
 
     def _argument(self, payload: Buffer) -> Any:
@@ -231,15 +234,17 @@ class RayBackend:
             shared = self._shared = (payload, cluster.import_ray().put(payload))
         return shared[1]
 
-    def _follow(self, actor: _Actor, reply: Any, future: Future[Any] | None) -> None:
+    def _follow(self, actor: _Actor, reply: Any, future: Future[Any] | None, method: str) -> None:
         """Have ``reply``'s value, or its error, reach ``future`` (None: the watch) through the queue."""
-        reply.future().add_done_callback(lambda source: self._events.put(lambda: self._settle(actor, source, future)))
+        reply.future().add_done_callback(
+            lambda source: self._events.put(lambda: self._settle(actor, source, future, method))
+        )
 
     def _deliver(self) -> None:
         while (event := self._events.get()) is not None:
             event()
 
-    def _settle(self, actor: _Actor, source: Future[Any], future: Future[Any] | None) -> None:
+    def _settle(self, actor: _Actor, source: Future[Any], future: Future[Any] | None, method: str) -> None:
         error = source.exception()
         self._shared = None  # nobody is waiting for as long as a large payload should be kept
         if error is not None and isinstance(error, cluster.import_ray().exceptions.RayActorError):
@@ -252,7 +257,7 @@ class RayBackend:
             if error is None:
                 future.set_result(source.result())
             else:
-                future.set_exception(WorkerError(None, "call", type(error).__name__, one_line(error)))
+                future.set_exception(WorkerError(None, method, type(error).__name__, one_line(error)))
 
     def _died(self, actor: _Actor, died: WorkerDied) -> None:
         if not actor.end(died):
@@ -288,6 +293,8 @@ class RayBackend:
         """Undo everything; what Ray does not do within ``timeout`` is left to the end of the cluster or the job."""
         self._close()
         with self._ending:
+            if self._connecting is not None:  # it sees the closing, and undoes what it has begun
+                wait([self._connecting], max(timeout, _CLEAN_UP_SECONDS))
             lease, self._lease = self._lease, None
             if lease is not None:
                 if not lease.ends_cluster:
@@ -312,13 +319,10 @@ class RayBackend:
         wait([removed], max(timeout, _CLEAN_UP_SECONDS))
         if removed.done() and (error := removed.exception()):
             logger.warning("Ray did not remove all workers: %s", one_line(error))
-        processes = []
-        for actor in self._actors.values():
-            if actor.ref.pid and actor.ref.node == self.driver_node:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    processes.append(psutil.Process(actor.ref.pid))
-        for process in psutil.wait_procs(processes, timeout=max(timeout, _CLEAN_UP_SECONDS))[1]:
-            process.kill()
+        deadline = time.monotonic() + max(timeout, _CLEAN_UP_SECONDS)
+        here = [actor.ref.pid for actor in self._actors.values() if actor.ref.node == self.driver_node]
+        while any(map(_is_running, here)) and time.monotonic() < deadline:
+            time.sleep(0.005)
 
 
 class _Actor:
@@ -357,6 +361,13 @@ def _in_thread(work: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, name="lightvllm-ray-work", daemon=True).start()
     return future
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # Ray is in no hurry to reap it
+    except psutil.NoSuchProcess:
+        return False
 
 
 # ------------------------------------------------------------------------------------- what fits, and in words
@@ -405,10 +416,11 @@ def _amounts(amounts: dict[str, Any]) -> str:
 
 
 def _reason(error: BaseException, ref: WorkerRef) -> str:
-    """The one sentence of Ray's paragraph that says how the actor ended."""
+    """How the actor ended, in one sentence out of Ray's paragraph, which is about what else it may have been."""
     text = str(error)
     who = f"process {ref.pid} on {ref.node}" if ref.pid else "its process"
-    detail = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*?)(?:\. Some | There are |$)", text, re.DOTALL)
-    if detail is None:
-        return f"{who}: {one_line(error)}"
-    return f"{who} ended ({detail[1]}: {' '.join(detail[2].split())})"
+    if status := re.search(r"exit code (-?\d+)", text):
+        return f"{who} exited with status {status[1]}"
+    if "connection error code" in text:
+        return f"{who} is gone without a word: killed (the kernel does so when memory is short), crashed or exited"
+    return f"{who}: {one_line(error)}"

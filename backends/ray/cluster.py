@@ -10,7 +10,6 @@ Only the modules of this package import ray, and only when a worker is to be pla
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
@@ -30,6 +29,8 @@ import lightvllm
 from lightvllm.backends.ray import head
 from lightvllm.errors import ConfigError, MissingExtra, PlacementError, Shutdown
 
+logger = logging.getLogger(__name__)
+
 _LONGEST_TEMP_ROOT = 20  # characters; Ray puts sockets some 80 characters deeper, and their paths end at 107
 
 
@@ -40,11 +41,13 @@ class LocalClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         object_store_memory: shared memory for payloads over 100 KB, bytes; more spills to disk.
         logical_cpus: what Ray counts with. Nothing is pinned or limited by it, and Ray starts no more processes for it;
             it is large so that any number of workers and engines of one process fit.
+        num_gpus: GPUs to count with; None for those that Ray finds.
         log_to_driver: have the workers' standard output and error appear on the driver's.
     """
 
     object_store_memory: int = 200 * 2**20
     logical_cpus: int = 1024
+    num_gpus: int | None = None
     log_to_driver: bool = False
 
 
@@ -64,11 +67,11 @@ def import_ray() -> Any:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """A foreign error's text on one line: the last line of a traceback, or the first words of a message."""
+    """A foreign error's text on one line: the last line of a traceback, or the whole of a message, up to a limit."""
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     if not lines:
         return type(error).__name__
-    text = lines[-1] if any(line.startswith("Traceback") for line in lines) else " ".join(lines)
+    text = lines[-1] if any(line.startswith(("Traceback", 'File "')) for line in lines) else " ".join(lines)
     return text if len(text) <= limit else text[:limit] + " …"
 
 
@@ -174,10 +177,10 @@ def _make(ray: Any, address: str | None, config: LocalClusterConfig, closing: Fu
 
 
 def _init(ray: Any, address: str, config: LocalClusterConfig, **options: str) -> None:
-    """``ray.init``, without its talk. RAY_ADDRESS would override ``auto``."""
-    kept = os.environ.pop("RAY_ADDRESS", None)
-    logger = logging.getLogger("ray")
-    logger.setLevel(logging.ERROR)
+    """``ray.init``, without its talk, and without trying for 20 s where it is refused."""
+    changed = {"RAY_ADDRESS": None, "RAY_gcs_server_port_wait_time_s": "5"}  # the former would override ``auto``
+    kept = {name: _set_env(name, value) for name, value in changed.items()}
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(
             address=address,
@@ -188,24 +191,45 @@ def _init(ray: Any, address: str, config: LocalClusterConfig, **options: str) ->
         )
     except Exception as error:
         ray.shutdown()
-        hint = "; it wants a token: set RAY_AUTH_MODE=token" if "AuthToken" in f"{error} {error.__cause__}" else ""
+        refused = "AuthToken" in f"{error} {error.__cause__}"
+        hint = "; it wants a token: set RAY_AUTH_MODE=token in this program's environment" if refused else ""
         raise PlacementError(
             f"no Ray cluster to use at {address!r}: {one_line(error)}{hint}; "
             "start one with 'ray start --head', or give no address for a local one"
         ) from error
     finally:
-        if kept is not None:
-            os.environ["RAY_ADDRESS"] = kept
+        for name, value in kept.items():
+            _set_env(name, value)
     if not config.log_to_driver:
-        _silence_raylet()
+        _silence_raylet(ray)
 
 
-def _silence_raylet() -> None:
-    """Keep the raylet's paragraphs about dead workers off the terminal: each is reported once, as WorkerDied."""
-    with contextlib.suppress(ImportError, AttributeError):  # not an interface of Ray's; without it there is only noise
-        from ray._private.ray_logging import global_worker_stdstream_dispatcher
+def _set_env(name: str, value: str | None) -> str | None:
+    """Set or remove a variable; its value until now."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    return before
 
-        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+
+def _silence_raylet(ray: Any) -> None:
+    """Ray prints a paragraph about each dead worker to standard output, which is the program's own: log it instead.
+
+    Each death is reported once, as WorkerDied. This is no interface of Ray's: where it is missing there is only noise.
+    """
+    module = ray._private.worker
+    printing = getattr(module, "print_to_stdstream", None)
+    if printing is None or hasattr(printing, "of_lightvllm"):
+        return
+
+    def to_log(data: dict[str, Any], **options: Any) -> None:
+        if data.get("pid") == "raylet":
+            logger.debug("raylet: %s", " ".join(data["lines"]))
+        else:
+            printing(data, **options)
+
+    to_log.of_lightvllm = True  # type: ignore[attr-defined]
+    module.print_to_stdstream = to_log
 
 
 def _check_answers(address: str, timeout: float = 5.0) -> None:
@@ -248,6 +272,7 @@ class LocalCluster:
                 f"--num-cpus={config.logical_cpus}",
                 f"--object-store-memory={config.object_store_memory}",
                 f"--temp-dir={self.temp_dir}",
+                *([] if config.num_gpus is None else [f"--num-gpus={config.num_gpus}"]),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -255,6 +280,11 @@ class LocalCluster:
             start_new_session=True,
             env=self._environment(),
         )
+
+    @property
+    def session(self) -> int:
+        """The session that all of its processes are in."""
+        return self._process.pid
 
     @staticmethod
     def _environment() -> dict[str, str]:
@@ -290,6 +320,6 @@ class LocalCluster:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-            if self._process.returncode != 0:  # killed, before it could do its work
-                head.end_session(self._process.pid)
+            if self._process.returncode != 0 or Path(self.temp_dir).exists():  # killed, before it could do its work
+                head.end_session(self.session)
                 shutil.rmtree(self.temp_dir, ignore_errors=True)

@@ -79,15 +79,17 @@ def hold(temp_dir: str, arguments: list[str]) -> None:
             while True:
                 time.sleep(_CHECK_SECONDS)
                 _reap()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here it ends by itself
         lines = log.read_text(errors="replace").split("\n")
         print(next((line for line in reversed(lines) if line.strip()), "no output"), flush=True)  # noqa: T201
     finally:
         end_session(os.getpid())
-        _reap()
+        _reap(1.0)
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 def _exit(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would break off the cleaning up
     raise SystemExit
 
 
@@ -105,10 +107,12 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _reap() -> None:
+def _reap(limit: float = 0.0) -> None:
+    """Collect dead children; with a limit, wait for the last of them, seconds."""
+    deadline = time.monotonic() + limit
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        while os.waitpid(-1, os.WNOHANG)[0] or time.monotonic() < deadline:
+            time.sleep(0.001)
 
 
 def start(arguments: list[str]) -> None:

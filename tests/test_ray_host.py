@@ -1,0 +1,60 @@
+"""The environment of an actor, and what it says of a worker that cannot be had. Without Ray."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lightvllm.backends.ray.host import WorkerHost, apply_env
+from lightvllm.errors import ConfigError
+from lightvllm.messages import decode_reply, encode_call
+
+
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """``os.environ`` and ``sys.path`` are put back afterwards."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    return monkeypatch
+
+
+def test_what_is_there_is_kept_and_what_is_new_is_set(environ: pytest.MonkeyPatch) -> None:
+    environ.setitem(os.environ, "HAD", "own")
+    apply_env({"HAD": "given", "NEW": "given"})
+    assert (os.environ["HAD"], os.environ["NEW"]) == ("own", "given")
+
+
+@pytest.mark.parametrize(
+    ("at_start", "given", "expected"),
+    [({}, {}, None), ({}, {"OMP_NUM_THREADS": "2"}, "2"), ({"OMP_NUM_THREADS": "8"}, {"OMP_NUM_THREADS": "2"}, "8")],
+)
+def test_rays_guess_of_omp_num_threads_gives_way(
+    environ: pytest.MonkeyPatch, at_start: dict[str, str], given: dict[str, str], expected: str | None
+) -> None:
+    environ.setattr(psutil.Process, "environ", lambda _: at_start)
+    environ.setitem(os.environ, "OMP_NUM_THREADS", at_start.get("OMP_NUM_THREADS", "1"))
+    apply_env(given)
+    assert os.environ.get("OMP_NUM_THREADS") == expected
+
+
+def test_pythonpath_is_applied_to_the_running_interpreter(environ: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    apply_env({"PYTHONPATH": os.pathsep.join([str(tmp_path), sys.path[-1]])})
+    assert sys.path.count(str(tmp_path)) == 1
+    assert len(sys.path) == len(set(sys.path))
+
+
+def test_a_class_that_cannot_be_had_is_an_answer(environ: pytest.MonkeyPatch) -> None:
+    answer = WorkerHost().start("no_such_module:Worker", {})
+    assert isinstance(answer, bytes)
+    with pytest.raises(ConfigError, match="no_such_module"):
+        decode_reply("__init__", answer)
+
+
+def test_a_call_before_start_is_an_error_and_no_crash() -> None:
+    method, payload = encode_call("echo", (1,), None)
+    with pytest.raises(Exception, match="has no attribute 'echo'"):
+        decode_reply(method, WorkerHost().call(method, payload))
