@@ -73,6 +73,13 @@ def test_special_tokens_are_skipped_or_not(tokenizer: Tokenizer) -> None:
     assert feed(tokenizer, ids, skip_special_tokens=False)[1] == "he<|end|><tool>llo"
 
 
+def test_an_id_without_a_token_has_no_text(tokenizers: list[Tokenizer]) -> None:
+    level, fallback = tokenizers
+    assert feed(level, [*level.encode("he"), level.vocab_size])[1] == "he"
+    first, last = 3, 131  # <0x00> and <0x80>: one run of bytes, and not UTF-8
+    assert feed(fallback, [first, fallback.vocab_size, last])[1] == "\ufffd\ufffd"
+
+
 def test_a_stop_string_across_tokens_ends_the_text_before_it(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("abhello world")
     seen, text, stop = feed(tokenizer, ids, stop=["o wo", "zzz"])

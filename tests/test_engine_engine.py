@@ -103,13 +103,6 @@ def saying(tokenizer: Tokenizer, text: str, *then: int) -> NextToken:
 # ---------------------------------------------------------------------------------- what ends a sequence
 
 
-def test_max_tokens_ends_it(tokenizer: Tokenizer) -> None:
-    e, _ = engine(saying(tokenizer, "hello world"), tokenizer)
-    out = one(e, "x", max_tokens=2)
-    assert (out.text, out.finish_reason, out.stop_reason, out.finished) == ("hello w", "length", None, True)
-    assert out.token_ids == tokenizer.encode("hello w")
-
-
 def test_vllm_s_default_is_sixteen_tokens() -> None:
     e, _ = engine(lambda tokens, seed: 9)
     e.add_request("a", [5])
@@ -119,43 +112,15 @@ def test_vllm_s_default_is_sixteen_tokens() -> None:
 @pytest.mark.parametrize("eos", [EOS, OTHER_EOS])
 def test_an_end_of_sequence_token_ends_it(tokenizer: Tokenizer, eos: int) -> None:
     e, _ = engine(saying(tokenizer, "hello", eos), tokenizer)
-    out = one(e, "x", skip_special_tokens=False)
-    assert (out.text, out.finish_reason, out.stop_reason) == ("hello", "stop", None)
-    assert out.token_ids[-1] == eos
+    out = one(e, "x")
+    assert (out.text, out.finish_reason, out.token_ids[-1]) == ("hello", "stop", eos)
 
 
-def test_the_end_of_sequence_token_can_be_ignored(tokenizer: Tokenizer) -> None:
-    e, executor = engine(saying(tokenizer, "hello", EOS), tokenizer)
-    assert one(e, "x", ignore_eos=True, max_tokens=9).finish_reason == "length"
-    assert executor.steps[0].new[0].stop_token_ids == []
-
-
-def test_a_stop_token_ends_it_and_is_not_in_the_text(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("hello world")
-    e, executor = engine(saying(tokenizer, "hello world"), tokenizer)
-    out = one(e, "x", stop_token_ids=[ids[1]])
-    assert (out.text, out.finish_reason, out.stop_reason, out.token_ids) == ("hello", "stop", ids[1], ids[:2])
-    assert executor.steps[0].new[0].stop_token_ids == sorted([EOS, OTHER_EOS, ids[1]])
-    e, _ = engine(saying(tokenizer, "hello world"), tokenizer)
-    assert one(e, "x", stop_token_ids=[ids[1]], include_stop_str_in_output=True).text == "hello w"
-
-
-def test_a_stop_token_before_min_tokens_does_not_count(tokenizer: Tokenizer) -> None:
-    (x,) = tokenizer.encode("x")
-    e, _ = engine(lambda tokens, seed: x, tokenizer)
-    assert len(one(e, "x", stop_token_ids=[x], min_tokens=5).token_ids) == 5
-
-
-def test_a_stop_string_ends_it(tokenizer: Tokenizer) -> None:
-    e, _ = engine(saying(tokenizer, "hello world"), tokenizer)
-    out = one(e, "x", stop=["lo w", "zz"])
-    assert (out.text, out.finish_reason, out.stop_reason) == ("hel", "stop", "lo w")
-    assert out.token_ids == tokenizer.encode("hello w"), "the tokens stay as they were generated"
-
-
-def test_a_stop_string_in_the_last_token_wins_over_length(tokenizer: Tokenizer) -> None:
-    e, _ = engine(saying(tokenizer, "hello world"), tokenizer)
-    assert one(e, "x", stop="lo", max_tokens=1).finish_reason == "stop"
+@pytest.mark.parametrize(("ignore_eos", "expected"), [(False, [EOS, OTHER_EOS, 9]), (True, [9])])
+def test_the_workers_know_which_tokens_end_it(ignore_eos: bool, expected: list[int]) -> None:
+    e, executor = engine(scrambled(200))
+    one(e, [5], stop_token_ids=[9], ignore_eos=ignore_eos)
+    assert executor.steps[0].new[0].stop_token_ids == expected
 
 
 def test_the_context_s_end_ends_it() -> None:
@@ -373,6 +338,12 @@ def test_bad_requests_are_refused(tokenizer: Tokenizer, prompt: Any, params: dic
         e.add_request("a", prompt, SamplingParams(**params))
     assert not e.has_unfinished_requests()
     assert e.step() == []
+
+
+def test_what_is_no_sampling_params_is_refused() -> None:
+    e, _ = engine(scrambled(200))
+    with pytest.raises(ConfigError, match=r"sampling_params is \{'n': 2\}; expected SamplingParams"):
+        e.add_request("a", [5], {"n": 2})  # type: ignore[arg-type]
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:

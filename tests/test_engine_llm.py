@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -208,6 +209,9 @@ def test_a_bad_prompt_stops_all_and_leaves_nothing_queued(llm: LLM, made: Made) 
         llm.generate(["hello", ""], GREEDY)
     with pytest.raises(ConfigError, match="2 prompts, but 1 sampling_params"):
         llm.generate(["hello", "x"], [GREEDY])
+    for wrong in ({"n": 2}, [{"n": 2}]):
+        with pytest.raises(ConfigError, match=r"sampling_params is \{'n': 2\}; expected SamplingParams"):
+            llm.generate("hello", wrong)  # type: ignore[arg-type]
     assert not llm.engine.has_unfinished_requests()
     assert made.executor.steps == []
     assert llm.generate("hello", GREEDY)[0].finished
@@ -370,3 +374,28 @@ def test_an_llm_that_is_never_shut_down_does_not_keep_the_interpreter(real: Path
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, "3", "")
+
+
+@pytest.mark.parametrize("moment", ["making the KV cache", "generating"])
+def test_an_interrupt_ends_the_process_at_once(real: Path, moment: str) -> None:
+    code = (
+        "from lightvllm import LLM, SamplingParams\n"
+        "def say(what): print(what, flush=True)\n"
+        f"llm = LLM({str(real)!r}, threads=1, progress=say)\n"
+        "say('generating')\n"
+        "while True:\n"
+        "    llm.generate('Paris', SamplingParams(max_tokens=100, ignore_eos=True))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert any(line.strip() == moment for line in process.stdout)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=3)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGINT
+    assert errors.strip().endswith("KeyboardInterrupt")
+    assert errors.count("Traceback") == 1, errors

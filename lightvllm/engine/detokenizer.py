@@ -50,7 +50,7 @@ class Detokenizer:
     def append(self, token_id: int) -> str | None:
         """Take the next token."""
         self._num_tokens += 1
-        if token_id in self._skipped:
+        if token_id in self._skipped or token_id not in self._tokenizer.token_ids:
             return None
         self._window.append(token_id)
         # Byte-fallback decoders judge a run of byte tokens as a whole: it has no text until it ends.

@@ -124,7 +124,7 @@ class LLMEngine:
         Raises ConfigError for a prompt or parameters that cannot be run; nothing is queued then.
         """
         self._check_usable()
-        params = sampling_params or SamplingParams()
+        params = SamplingParams() if sampling_params is None else sampling_params
         if request_id in self._requests:
             raise ConfigError(f"request_id={request_id!r} is in use; give each unfinished request its own")
         text, token_ids = self._tokenize(prompt)
@@ -290,7 +290,9 @@ class LLMEngine:
                 "shorten it or raise num_kv_blocks"
             )
 
-    def _check_params(self, params: SamplingParams) -> None:
+    def _check_params(self, params: Any) -> None:
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(f"sampling_params is {params!r:.80}; expected SamplingParams")
         vocab_size = self.config.model.vocab_size
         if wrong := [i for i in params.stop_token_ids or () if not 0 <= i < vocab_size]:
             raise ConfigError(f"stop_token_ids={wrong} are not in the vocabulary; use 0 to {vocab_size - 1}")

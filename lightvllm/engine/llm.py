@@ -292,6 +292,8 @@ class LLM:
     ) -> Sequence[SamplingParams]:
         if given is None or isinstance(given, SamplingParams):
             return [given or self.default_sampling_params] * num_prompts
+        if not isinstance(given, (list, tuple)):
+            raise ConfigError(f"sampling_params is {given!r:.80}; expected SamplingParams, or a list of them")
         if len(given) != num_prompts:
             raise ConfigError(f"{num_prompts} prompts, but {len(given)} sampling_params; give one for each, or one")
         return given

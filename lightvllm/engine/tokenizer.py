@@ -33,6 +33,7 @@ class Tokenizer:
     Attributes:
         vocab_size: number of tokens, added ones included.
         special_tokens: ``bos_token``, ``eos_token``, … as far as the folder names them.
+        token_ids: all there are; a model's padded vocabulary may have more, which have no text.
         special_token_ids: what ``skip_special_tokens`` leaves out.
         byte_token_ids: ``<0x00>`` to ``<0xFF>`` of a byte-fallback vocabulary, otherwise empty.
         chat_template: the Jinja source, or None.
@@ -45,9 +46,9 @@ class Tokenizer:
         self.vocab_size = fast.get_vocab_size(with_added_tokens=True)
         added = fast.get_added_tokens_decoder()
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
-        self.byte_token_ids = frozenset(
-            i for token, i in fast.get_vocab(with_added_tokens=False).items() if _BYTE_TOKEN.fullmatch(token)
-        )
+        vocab = fast.get_vocab(with_added_tokens=True)
+        self.token_ids = frozenset(vocab.values())
+        self.byte_token_ids = frozenset(i for token, i in vocab.items() if _BYTE_TOKEN.fullmatch(token))
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Tokenizer:
