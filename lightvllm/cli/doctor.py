@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from lightvllm.cli.progress import status
+from lightvllm.cli.terminal import status, stdout
 from lightvllm.errors import MissingExtra
 
 if TYPE_CHECKING:
@@ -42,14 +42,12 @@ def doctor(
 
     May take a while the first time, when the kernels are compiled.
     """
-    from rich.console import Console
-
     with status() as progress:
         found = examine(progress)
     if json:
         typer.echo(json_.dumps(found, indent=2))
     else:
-        _print(found, Console())
+        _print(found, stdout())
 
 
 def examine(progress: Any = lambda _: None) -> dict[str, Any]:

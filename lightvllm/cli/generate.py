@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lightvllm.cli.options import EngineOptions, Executor, Model, with_engine_options
-from lightvllm.cli.progress import status
+from lightvllm.cli.terminal import status
 from lightvllm.errors import ConfigError
 
 if TYPE_CHECKING:

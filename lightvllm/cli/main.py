@@ -33,18 +33,28 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM: an orderly end like Ctrl-C, with another exit status."""
 
 
+@contextlib.contextmanager
+def _ends_with_status() -> Iterator[None]:
+    try:
+        yield
+    except _Terminated:
+        raise typer.Exit(128 + signal.SIGTERM) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except BrokenPipeError:
+        raise typer.Exit(_no_reader()) from None
+
+
 class _Group(TyperGroup):
-    """Catches what a sub-command raises before typer does, which would know other exit statuses."""
+    """Catches what a sub-command raises before typer does, which would give it another exit status."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _ends_with_status():  # --help and --version write to stdout here
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _ends_with_status():
             return super().invoke(ctx)
-        except _Terminated:
-            raise typer.Exit(128 + signal.SIGTERM) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(128 + signal.SIGINT) from None
-        except BrokenPipeError:
-            raise typer.Exit(_no_reader()) from None
 
 
 app = typer.Typer(
@@ -66,7 +76,7 @@ app.add_typer(kernels.app, name="kernels")
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"lightvllm {__version__}")
+        sys.stdout.write(f"lightvllm {__version__}\n")
         raise typer.Exit
 
 

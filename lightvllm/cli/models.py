@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from lightvllm.cli.terminal import stdout
+
 app = typer.Typer(help="Get, list and remove models.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="A known model; see: lightvllm models list.")]
@@ -41,7 +43,6 @@ def get_(
 @app.command("list")
 def list_() -> None:
     """The known models, and which of them are here."""
-    from rich.console import Console
     from rich.table import Table
 
     from lightvllm import hub
@@ -50,7 +51,7 @@ def list_() -> None:
     for model in hub.KNOWN_MODELS.values():
         here = "yes" if hub.installed(model.name) else "no"
         table.add_row(model.name, here, f"{model.size / 1e6:.0f} MB", model.licence, model.summary)
-    Console().print(table)
+    stdout().print(table)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lightvllm.cli.options import DType, EngineOptions, Model, with_engine_options
-from lightvllm.cli.progress import status
+from lightvllm.cli.terminal import status, stdout
 
 
 @with_engine_options(dtype=DType.float32)
@@ -33,8 +33,6 @@ def parity(
 
     Exit status 1 when anything differs; the first place of each difference is named.
     """
-    from rich.console import Console
-
     from lightvllm.cli.doctor import require_executor
     from lightvllm.errors import ConfigError
     from lightvllm.parity import report
@@ -62,7 +60,7 @@ def parity(
     )
     with status() as progress:
         found = run_parity(plan, progress)
-    report.print_report(found, Console())
+    report.print_report(found, stdout())
     try:
         if json:
             json.write_bytes(report.to_json(found))

@@ -1,14 +1,31 @@
-"""What is being waited for, on stderr: a spinner on a terminal, otherwise a line for each new state."""
+"""What the sub-commands show: results on stdout, and on stderr what is being waited for."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def stdout() -> Console:
+    """A rich console. When nobody reads stdout any more it raises BrokenPipeError, which ``main`` turns into a status;
+    rich itself would exit."""
+    from rich.console import Console
+
+    class Stdout(Console):
+        def on_broken_pipe(self) -> NoReturn:
+            raise BrokenPipeError
+
+    return Stdout()
 
 
 @contextlib.contextmanager
 def status() -> Iterator[Callable[[str], None]]:
-    """A function that shows a state until the next one, or until the block ends."""
+    """A function that shows a state until the next one, or until the block ends: a spinner on a terminal, otherwise a
+    line for each new state."""
     from rich.console import Console
     from rich.markup import escape
 
