@@ -140,7 +140,13 @@ def _ray(executor: ExecutorConfig, engine: EngineConfig) -> Backend:
 def _k8s(executor: ExecutorConfig, engine: EngineConfig) -> Backend:
     from lightvllm.backends.k8s.backend import KubernetesBackend
 
-    return KubernetesBackend(workers=executor.k8s_workers, token_file=executor.k8s_token_file)
+    return KubernetesBackend(
+        workers=executor.k8s_workers,
+        token_file=executor.k8s_token_file,
+        tls_cert=executor.k8s_tls_cert,
+        tls_key=executor.k8s_tls_key,
+        tls_ca=executor.k8s_tls_ca,
+    )
 
 
 _BACKENDS: dict[str, Callable[[ExecutorConfig, EngineConfig], Backend]] = {

@@ -110,6 +110,15 @@ class EngineOptions:
     k8s_token_file: Annotated[
         Path | None, typer.Option(help="The token that those servers were started with.", rich_help_panel=_K8S)
     ] = None
+    k8s_tls_cert: Annotated[
+        Path | None, typer.Option(help="This driver's certificate for mutual TLS, PEM.", rich_help_panel=_K8S)
+    ] = None
+    k8s_tls_key: Annotated[
+        Path | None, typer.Option(help="The key of that certificate, PEM.", rich_help_panel=_K8S)
+    ] = None
+    k8s_tls_ca: Annotated[
+        Path | None, typer.Option(help="The CA that signed the servers' certificates, PEM.", rich_help_panel=_K8S)
+    ] = None
 
     def refuse_unused(self, executors: Collection[str]) -> None:
         """Raise ConfigError for an option of an orchestrator that is not used."""
