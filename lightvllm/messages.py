@@ -156,6 +156,7 @@ TYPED_METHODS: dict[str, _Method] = {
     "compile_or_warm_up_model": _Method(tuple[()], None),
     "execute_model": _Method(tuple[StepInput], StepOutput | None),
     "reset_sequences": _Method(tuple[()], None),
+    "set_return_logits": _Method(tuple[bool], None),
     "check_health": _Method(tuple[()], None),
 }
 

@@ -6,13 +6,30 @@ Imports nothing but msgspec, because both sides use it: the driver checks it, th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 
 from lightvllm.errors import ConfigError
 
 MAX_LOGPROBS = 20
+
+_REAL, _INT, _OPTIONAL_INT = int | float, int, int | None
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("temperature", "top_p", "min_p"), _REAL),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), _REAL),
+    **dict.fromkeys(("n", "top_k", "min_tokens"), _INT),
+    **dict.fromkeys(("seed", "max_tokens", "logprobs"), _OPTIONAL_INT),
+    **dict.fromkeys(("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"), bool),
+    "stop": str | Iterable | None,
+    "stop_token_ids": Iterable | None,
+}
+
+
+def _said(kind: Any) -> str:
+    names = {_REAL: "a number", _INT: "an integer", _OPTIONAL_INT: "an integer or None", bool: "True or False"}
+    return names.get(kind, "a list or None")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -66,6 +83,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         def finite(name: str) -> bool:
             return math.isfinite(getattr(self, name))
 
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            need(isinstance(value, kind) and isinstance(value, bool) == (kind is bool), name, f"expected {_said(kind)}")
         for name in ("top_k", "seed", "max_tokens"):
             need((getattr(self, name) or 0).bit_length() < 64, name, "use a number of at most 64 bits")
         need(self.n >= 1, "n", "use 1 or more")
@@ -86,9 +106,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"use 0 to {MAX_LOGPROBS}, or None"
         )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        need({type(s) for s in stop} <= {str} and all(stop), "stop", "use strings that are not empty")
+        stop_token_ids = tuple(self.stop_token_ids or ())
+        need(all(isinstance(i, int) for i in stop_token_ids), "stop_token_ids", "use token ids")
         msgspec.structs.force_setattr(self, "stop", stop)
-        need(all(stop), "stop", "a stop string cannot be empty")
-        msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        msgspec.structs.force_setattr(self, "stop_token_ids", stop_token_ids)
         if self.n > 1 and self.greedy:
             raise ConfigError(
                 f"n={self.n} with temperature=0 gives the same text {self.n} times; use n=1 or a temperature"

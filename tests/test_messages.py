@@ -1,0 +1,114 @@
+"""Calls and replies as bytes: what is typed, what is pickled, and how an exception travels."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+
+from lightvllm.errors import ConfigError, LightvllmError, WorkerError
+from lightvllm.messages import (
+    CALLABLE,
+    TYPED_METHODS,
+    NewSequence,
+    ScheduledSequence,
+    StepInput,
+    StepOutput,
+    Tensor,
+    TokenLogprobs,
+    decode_reply,
+    encode_call,
+    encode_failure,
+    invoke,
+)
+from lightvllm.sampling_params import SamplingParams
+from lightvllm.worker.worker import Worker
+
+STEP = StepInput(
+    step=3,
+    finished=[1],
+    new=[NewSequence(7, [5, 6], 2, 9, SamplingParams(temperature=0.5, stop=["x"]), [2])],
+    scheduled=[ScheduledSequence(7, 0, 2, [], [0, 1])],
+)
+OUTPUT = StepOutput(
+    step=3,
+    seq_ids=[7],
+    token_ids=[11],
+    logprobs={7: TokenLogprobs(-0.5, 1, [11, 2], [-0.5, -1.5])},
+    logits=Tensor("float32", [1, 2], b"\0" * 8),
+)
+
+
+class Echo:
+    """Answers a step with the output above, if the step arrived as it was sent."""
+
+    def execute_model(self, step: StepInput) -> StepOutput:
+        assert step == STEP
+        return OUTPUT
+
+    def check_health(self) -> None:
+        raise ConfigError("mend it")
+
+    def anything(self, *args: Any, **kwargs: Any) -> Any:
+        return args, kwargs
+
+    def odd(self) -> Any:
+        return lambda: 1  # cloudpickle can, pickle cannot
+
+    def unsendable(self) -> Any:
+        return iter([1]), (n for n in ())
+
+
+def call(method: Any, *args: Any, **kwargs: Any) -> Any:
+    name, payload = encode_call(method, args, kwargs)
+    return decode_reply(name, invoke(Echo(), name, payload), rank=4)
+
+
+def test_a_step_is_typed_and_arrives_as_it_was_sent() -> None:
+    name, payload = encode_call("execute_model", (STEP,), None)
+    assert (name, payload[:1]) == ("execute_model", b"t")
+    with pytest.raises(pickle.UnpicklingError):
+        pickle.loads(payload[1:])
+    back = call("execute_model", STEP)
+    assert back == OUTPUT
+    assert back.logits.numpy().tolist() == [[0.0, 0.0]]
+
+
+def test_everything_else_is_pickled() -> None:
+    assert call("anything", 1, b="c") == ((1,), {"b": "c"})
+    assert call(lambda worker, x: (type(worker).__name__, x), 2) == ("Echo", 2)
+    assert encode_call(lambda worker: 0, (), None)[0] == CALLABLE
+    assert call("odd")() == 1
+
+
+def test_the_users_mistakes_come_back_as_such_and_others_with_their_traceback() -> None:
+    with pytest.raises(ConfigError, match="mend it"):
+        call("check_health")
+    with pytest.raises(WorkerError, match="rank 4 failed in missing: AttributeError") as caught:
+        call("missing")
+    assert "Traceback" in caught.value.remote_traceback
+    with pytest.raises(WorkerError, match="rank 4 failed in unsendable"):
+        call("unsendable")
+
+
+def test_what_is_not_of_the_declared_type_is_refused() -> None:
+    _, payload = encode_call("execute_model", ("not a step",), None)
+    with pytest.raises(WorkerError, match="ValidationError"):
+        decode_reply("execute_model", invoke(Echo(), "execute_model", payload))
+    reply = invoke(Echo(), "execute_model", b"?" + payload[1:])
+    with pytest.raises(ConfigError, match="unknown payload tag"):
+        decode_reply("execute_model", reply)
+    with pytest.raises(LightvllmError, match="unknown reply tag"):
+        decode_reply("execute_model", b"?")
+
+
+def test_a_failure_keeps_its_class_and_message() -> None:
+    with pytest.raises(WorkerError) as caught:
+        decode_reply("m", encode_failure(KeyError("k")), 1)
+    assert (caught.value.rank, caught.value.kind, caught.value.remote_message) == (1, "KeyError", "'k'")
+
+
+def test_the_worker_has_every_typed_method_and_no_other() -> None:
+    public = {name for name in vars(Worker) if not name.startswith("_")}
+    assert public == set(TYPED_METHODS)
