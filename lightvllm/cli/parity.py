@@ -53,10 +53,14 @@ def parity(
         prompts=read_prompts(prompts) if prompts else default_prompts(),
         max_tokens=max_tokens,
         dtype=str(engine.dtype),
+        max_model_len=engine.max_model_len,
         reference=reference,
         repeat=repeat,
         threads=engine.threads,
-        options={executor: engine.for_executor(executor, without=("dtype", "threads")) for executor in chosen},
+        options={
+            executor: engine.for_executor(executor, without=("dtype", "max_model_len", "threads"))
+            for executor in chosen
+        },
     )
     with status() as progress:
         found = run_parity(plan, progress)

@@ -57,6 +57,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         prompts: asked all at once.
         max_tokens: generated for each prompt at most.
         dtype: of every engine and of the reference.
+        max_model_len: longest prompt plus output; None takes what the model allows.
         reference: ``"transformers"`` or ``"none"``.
         repeat: runs of each pair.
         threads: CPU threads of each worker; 0 is the cores divided by the layout's number of workers.
@@ -69,6 +70,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     prompts: Sequence[Prompt]
     max_tokens: int = 32
     dtype: str = "float32"
+    max_model_len: int | None = None
     reference: str = NAME
     repeat: int = 1
     threads: int = 0
@@ -136,7 +138,7 @@ def run_parity(
     cannot be started or fails; that engine has been shut down then.
     """
     folder = resolve(plan.model)
-    config = ModelConfig.from_dir(folder, dtype=plan.dtype)
+    config = ModelConfig.from_dir(folder, dtype=plan.dtype, max_model_len=plan.max_model_len)
     for layout in plan.layouts:
         layout.parallel.check(config)
     if not plan.pairs():
@@ -147,6 +149,12 @@ def run_parity(
         raise ConfigError(f"reference={plan.reference!r} is unknown; use {' or '.join(REFERENCES)}")
     tokenizer = Tokenizer.from_dir(folder)
     prompts, ids = _tokenize(plan.prompts, tokenizer)
+    for number, tokens in enumerate(map(len, ids), 1):
+        if tokens + plan.max_tokens > config.max_model_len:
+            raise ConfigError(
+                f"prompt {number} has {tokens} tokens, with max_tokens={plan.max_tokens} more than "
+                f"max_model_len={config.max_model_len}; give shorter prompts or lower max_tokens"
+            )
 
     def decode(token_ids: Sequence[int]) -> str:
         return tokenizer.decode(token_ids, skip_special_tokens=False)
@@ -201,6 +209,7 @@ def _run(
         tensor_parallel_size=layout.tensor_parallel_size,
         pipeline_parallel_size=layout.pipeline_parallel_size,
         dtype=plan.dtype,
+        max_model_len=plan.max_model_len,
         threads=plan.threads or max(1, _cores() // layout.parallel.world_size),
         return_logits=True,
         on_step=recorder,
