@@ -101,7 +101,7 @@ class TestPlacement:
         with pytest.raises(
             PlacementError,
             match=r"0 of 4 workers; no room: PACK needs 4 bundles of \{CPU: 1, GPU: 1\}; "
-            r"the cluster has 1 node with \{CPU: .* free, GPU: 2 of 2 free\}",
+            r"the cluster has 1 node with \{CPU: .* free, GPU: .* of 2 free\}",
         ):
             place(backends(), world_size=4, gpus_per_worker=1)
         assert time.monotonic() - started < 5.0
@@ -120,8 +120,8 @@ class TestPlacement:
     def test_gpus_that_another_engine_holds_are_waited_for_and_named(self, backends: Callable[[], RayBackend]) -> None:
         place(backends(), world_size=1, gpus_per_worker=2)
         request = Placement(world_size=1, worker_class=WORKER, gpus_per_worker=1)
-        with pytest.raises(PlacementError, match=r"0 of 1 workers within 1 s; no room: .*GPU: 0 of 2 free"):
-            backends().place(request, lambda *_: None, 1.0)
+        with pytest.raises(PlacementError, match=r"0 of 1 workers within 2 s; no room: .*GPU: 0 of 2 free"):
+            backends().place(request, lambda *_: None, 2.0)
 
     def test_nothing_to_reserve_is_a_config_error(self, backends: Callable[[], RayBackend]) -> None:
         with pytest.raises(ConfigError, match="cpus_per_worker=0"):

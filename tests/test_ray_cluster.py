@@ -140,6 +140,18 @@ class TestTheEndOfADriver:
         driver.process.wait(LIMIT)
         assert driver.nothing_left()
 
+    def test_a_cluster_whose_gcs_has_died_is_ended_all_the_same(self, drivers: Callable[[str], Driver]) -> None:
+        driver = drivers(WORKER)
+        driver.find_cluster()
+        wait_until(driver.flag.exists, "the call to begin")
+        for pid in head.session_members(driver.session):
+            if psutil.Process(pid).name() == "gcs_server":
+                os.kill(pid, signal.SIGKILL)
+        driver.process.send_signal(signal.SIGINT)
+        driver.read_until("interrupted")
+        driver.process.wait(10.0)
+        assert driver.nothing_left()
+
     def test_two_processes_at_once_have_a_cluster_each(self, drivers: Callable[[str], Driver]) -> None:
         one, other = drivers(WORKER), drivers(WORKER)
         for driver in (one, other):
@@ -263,10 +275,15 @@ def run_python(code: str, *arguments: str, **env: str) -> str:
 
 def test_without_ray_the_install_command_is_given() -> None:
     code = (
-        "import sys; sys.modules['ray'] = None\n"
-        "from lightvllm.backends.ray.cluster import import_ray\n"
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class WithoutRay:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        return None if name == 'ray' else PathFinder.find_spec(name, path, target)\n"
+        "sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutRay()\n"
+        "from lightvllm.backends.ray.backend import RayBackend\n"
         "from lightvllm.errors import MissingExtra\n"
-        "try: import_ray()\n"
+        "try: RayBackend()\n"
         "except MissingExtra as error: print('got', error)"
     )
     assert "got --executor ray needs the package 'ray'" in run_python(code)

@@ -49,7 +49,7 @@ class RayBackend:
     name = "ray"
 
     def __init__(self, address: str | None = None, local_cluster: LocalClusterConfig | None = None) -> None:
-        cluster.import_ray()
+        cluster.require_ray()
         self.driver_node = ""  # known once there is a connection
         self._address = address
         self._local_cluster = local_cluster or LocalClusterConfig()
@@ -421,6 +421,6 @@ def _reason(error: BaseException, ref: WorkerRef) -> str:
     who = f"process {ref.pid} on {ref.node}" if ref.pid else "its process"
     if status := re.search(r"exit code (-?\d+)", text):
         return f"{who} exited with status {status[1]}"
-    if "connection error code" in text:
+    if "connection error code" in text or "Socket closed" in text:
         return f"{who} is gone without a word: killed (the kernel does so when memory is short), crashed or exited"
     return f"{who}: {one_line(error)}"

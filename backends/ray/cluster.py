@@ -10,6 +10,7 @@ Only the modules of this package import ray, and only when a worker is to be pla
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -31,6 +32,7 @@ from lightvllm.errors import ConfigError, MissingExtra, PlacementError, Shutdown
 
 logger = logging.getLogger(__name__)
 
+_DETACH_SECONDS = 2.0
 _LONGEST_TEMP_ROOT = 20  # characters; Ray puts sockets some 80 characters deeper, and their paths end at 107
 
 
@@ -75,6 +77,17 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[:limit] + " …"
 
 
+def require_ray() -> None:
+    """MissingExtra unless ray is installed; without the half second that importing it takes."""
+    if "ray" not in sys.modules and importlib.util.find_spec("ray") is None:
+        raise MissingExtra("ray", "ray", "--executor ray")
+
+
+def _in_use() -> bool:
+    """Whether this process is connected to Ray, by us or by others."""
+    return "ray" in sys.modules and bool(import_ray().is_initialized())
+
+
 class Lease:
     """A share in this process's connection to Ray."""
 
@@ -109,12 +122,13 @@ class _Connection:
     def end(self) -> None:
         global _current
         _current = None
-        try:
-            if self.made_here:
-                import_ray().shutdown()
-        finally:
-            if self.local is not None:
-                self.local.stop()
+        if self.made_here:
+            # Without the cluster's GCS it would go on trying for a minute; the processes are to be gone long before.
+            detaching = threading.Thread(target=import_ray().shutdown, name="lightvllm-ray-detach", daemon=True)
+            detaching.start()
+            detaching.join(_DETACH_SECONDS)
+        if self.local is not None:
+            self.local.stop()
 
 
 _guard = threading.Lock()  # held while the connection is made, shared or ended
@@ -128,14 +142,13 @@ def connect(address: str | None, config: LocalClusterConfig, closing: Future[Non
     it gives up and undoes what it has begun. Raises PlacementError, ConfigError, MissingExtra or Shutdown.
     """
     global _current
-    ray = import_ray()
     address = address or os.environ.get("RAY_ADDRESS") or None
     if address and "://" in address:
         raise ConfigError(f"ray address {address!r}: Ray Client is not supported; give host:port or auto")
     with _guard:
         _check_open(closing)
-        if _current is None or not ray.is_initialized():
-            _current = _make(ray, address, config, closing)
+        if _current is None or not _in_use():
+            _current = _make(address, config, closing)
         elif address not in (None, "auto", _current.address):
             raise PlacementError(
                 f"this process is connected to Ray at {_current.address} already, and Ray allows it one cluster; "
@@ -154,30 +167,36 @@ def _check_open(closing: Future[None]) -> None:
         raise Shutdown("the backend has been shut down while it was connecting to Ray")
 
 
-def _make(ray: Any, address: str | None, config: LocalClusterConfig, closing: Future[None]) -> _Connection:
-    if ray.is_initialized():
-        there = ray.get_runtime_context().gcs_address
+def _make(address: str | None, config: LocalClusterConfig, closing: Future[None]) -> _Connection:
+    if _in_use():
+        there = _address()
         if address not in (None, "auto", there):
             raise PlacementError(f"this process uses Ray at {there} already; use that one, or another process")
         return _Connection(there, None, made_here=False)
     if address is not None:
         if address != "auto":
             _check_answers(address)
-        _init(ray, address, config)
-        return _Connection(ray.get_runtime_context().gcs_address, None, made_here=True)
+        _init(address, config)
+        return _Connection(_address(), None, made_here=True)
     local = LocalCluster(config)
     try:
-        # Only while Ray starts: a cluster that went away under ray.init would leave that retrying for a minute.
+        import_ray()  # while the cluster starts
+        # It may be ended only now: if it went away under ray.init, that would go on trying.
         local.wait_ready(closing)
-        _init(ray, "auto", config, _temp_dir=local.temp_dir)
+        _init("auto", config, _temp_dir=local.temp_dir)
     except BaseException:
         local.stop()
         raise
-    return _Connection(ray.get_runtime_context().gcs_address, local, made_here=True)
+    return _Connection(_address(), local, made_here=True)
 
 
-def _init(ray: Any, address: str, config: LocalClusterConfig, **options: str) -> None:
+def _address() -> str:
+    return str(import_ray().get_runtime_context().gcs_address)
+
+
+def _init(address: str, config: LocalClusterConfig, **options: str) -> None:
     """``ray.init``, without its talk, and without trying for 20 s where it is refused."""
+    ray = import_ray()
     changed = {"RAY_ADDRESS": None, "RAY_gcs_server_port_wait_time_s": "5"}  # the former would override ``auto``
     kept = {name: _set_env(name, value) for name, value in changed.items()}
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -256,6 +275,7 @@ class LocalCluster:
             dir=root if len(root) <= _LONGEST_TEMP_ROOT else "/tmp",  # noqa: S108
         )
         self._stopping = threading.Lock()
+        self._stopped = False
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -311,15 +331,17 @@ class LocalCluster:
     def stop(self, limit: float = 3.0) -> None:
         """End all of it and remove its folder; idempotent, from any thread."""
         with self._stopping:
-            if self._process.returncode is not None:
+            if self._stopped:
                 return
+            self._stopped = True
             assert self._process.stdin is not None
             self._process.stdin.close()
             try:
-                self._process.wait(limit)
+                cleaned = self._process.wait(limit) == 0
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-            if self._process.returncode != 0 or Path(self.temp_dir).exists():  # killed, before it could do its work
+                cleaned = False
+            if not cleaned or Path(self.temp_dir).exists():  # it was killed before it could do its work
                 head.end_session(self.session)
                 shutil.rmtree(self.temp_dir, ignore_errors=True)
