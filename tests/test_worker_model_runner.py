@@ -41,22 +41,23 @@ def expected(folder: Path) -> list[list[int]]:
     return tokens
 
 
-def driver(folder: Path, attention: Any = "sdpa", **fields: Any) -> Driver:
+def driver(folder: Path, attention: Any = "sdpa", kernels: Any = "reference", **fields: Any) -> Driver:
     config = EngineConfig(
         model=ModelConfig.from_dir(folder),
         cache=CacheConfig(block_size=4),
-        device=DeviceConfig(device="cpu", threads=1, attention_backend=attention, kernels="reference"),
+        device=DeviceConfig(device="cpu", threads=1, attention_backend=attention, kernels=kernels),
         **fields,
     )
     return Driver(LocalWorker(), config)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("attention", ["naive", "sdpa", "paged"])
 @pytest.mark.parametrize("chunk", [None, 1, 3, 8])
 def test_greedy_tokens_are_transformers(
-    folder: Path, expected: list[list[int]], attention: str, chunk: int | None
+    folder: Path, expected: list[list[int]], attention: str, kernels: str, chunk: int | None
 ) -> None:
-    assert driver(folder, attention).generate(PROMPTS, 12, chunk=chunk) == expected
+    assert driver(folder, attention, kernels).generate(PROMPTS, 12, chunk=chunk) == expected
 
 
 def test_each_sequence_alone_gives_the_same(folder: Path, expected: list[list[int]]) -> None:

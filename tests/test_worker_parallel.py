@@ -12,7 +12,7 @@ from worker_group import Driver, LocalWorker, ProcessWorkers
 
 from lightvllm.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, ParallelConfig
 from lightvllm.errors import ConfigError, WorkerError
-from lightvllm.messages import NewSequence, ScheduledSequence
+from lightvllm.messages import NewSequence, ScheduledSequence, StepInput
 from lightvllm.sampling_params import SamplingParams
 
 PROMPTS = [[5, 60, 7, 300, 9], [11], list(range(40, 63)), [330, 0, 329, 328]]
@@ -103,3 +103,19 @@ def test_a_model_folder_that_is_gone_is_a_config_error_of_the_worker(
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="lacks"):
         Driver(processes, described)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_fails_its_peers_step_at_once(models: dict[str, Path]) -> None:
+    """Not after the collectives' time-out of 60 seconds: a broken connection is noticed."""
+    with ProcessWorkers(2, timeout=20) as workers:
+        Driver(workers, config(models["plain"], 2, 1))
+        workers.processes[1].kill()
+        workers.processes[1].join(10)
+        step = StepInput(
+            step=1,
+            new=[NewSequence(1, [5, 6], 2, 0, SamplingParams(), [])],
+            scheduled=[ScheduledSequence(1, 0, 2, [], [0])],
+        )
+        with pytest.raises(WorkerError, match="the sum over the tensor ranks failed, because another worker"):
+            workers.call([0], "execute_model", step)

@@ -190,9 +190,7 @@ def test_a_peer_that_cannot_be_met_is_an_error_within_the_time_out(
     worker.init_worker(init(config(folder, parallel=layout), world=2))
     rendezvous = worker.open_rendezvous()
     assert rendezvous.startswith("127.0.0.1:")
-    with pytest.raises(
-        LightvllmError, match="the meeting failed, because another worker"
-    ):
+    with pytest.raises(LightvllmError, match="the meeting failed, because another worker"):
         worker.init_device(rendezvous)
 
 

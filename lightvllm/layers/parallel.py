@@ -50,7 +50,8 @@ class _Group(Protocol):
 
 
 def host_address() -> str:
-    """This host's address as other hosts see it: ``$LIGHTVLLM_HOST_IP``, or the outgoing interface's."""
+    """This host's address as other hosts see it: ``$LIGHTVLLM_HOST_IP``, or the outgoing interface's (loopback if
+    there is none)."""
     asked = os.environ.get(HOST_ENV)
     if asked:
         return asked

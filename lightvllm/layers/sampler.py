@@ -8,6 +8,7 @@ Filters follow vLLM's order: penalties, temperature, min-p, top-k, top-p.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ class SamplingState:
 def sample(logits: Tensor, rows: Sequence[SamplingState]) -> tuple[list[int], list[TokenLogprobs | None]]:
     """The token of each row of logits [R, V] (float32, not changed), and its log-probabilities where asked for."""
     best, ids = torch.max(logits, dim=-1)  # the first of equal ones, so the lowest id
-    if not bool(torch.isfinite(best).all()):
+    if not all(map(math.isfinite, best.tolist())):
         raise LightvllmError("the model's logits are not finite; check the weights, or use dtype float32 or bfloat16")
     token_ids: list[int] = ids.tolist()
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)

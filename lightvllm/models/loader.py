@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ PIECE_BYTES = 64 << 20
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_LARGEST_ELEMENT = 8
 
 
 class Loadable(Protocol):
@@ -110,7 +112,7 @@ def _fill(path: Path, weights: list[WeightSlice]) -> None:
         if dtype not in _FLOATS:
             raise ConfigError(f"{path}: {weight.name} has dtype {dtype}; expected one of {', '.join(_FLOATS)}")
         target = weight.target
-        row_bytes = max(1, target[:1].numel()) * 8
+        row_bytes = math.prod(shape[1:]) * _LARGEST_ELEMENT  # all of it is mapped, even where a part is read
         step = max(1, PIECE_BYTES // row_bytes)
         for row in range(0, target.shape[0], step):
             if touched >= PIECE_BYTES:

@@ -113,7 +113,7 @@ class LightvLLM:
         batch, length = input_ids.shape
         if cache is None:
             cache = self.new_cache(batch, length)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: the caller may change the logits in place
             counts = np.full(batch, length, np.int64)
             starts = np.full(batch, cache.length, np.int64)
             blocks = -(-(cache.length + length) // BLOCK_SIZE)
