@@ -210,6 +210,9 @@ class KubernetesBackend:
             member.session = session
         if closed:
             session.abort()
+        # Before this line an exit goes unnoticed by the session; after it, _process_exited tells it.
+        elif endpoint.process is not None and endpoint.process.exited.is_set():
+            raise PlacementError(f"{member.id} {endpoint.process.reason('while it was starting')}")
         session.open(deadline + slack, say)
         say(f"is constructing {request.worker_class}")
         reply = session.init_worker(request.worker_class, request.env, deadline - time.monotonic() + slack)

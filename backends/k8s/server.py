@@ -132,6 +132,7 @@ class Host:
 
     def __init__(self, bootstrap: Bootstrap) -> None:
         """Listens when it returns. Raises RuntimeError if it cannot, ConfigError for an unreadable TLS file."""
+        self._listen = bootstrap.listen
         self._limit = bootstrap.max_message_bytes
         self._lock = threading.Lock()
         self._driver: str | None = None
@@ -174,7 +175,7 @@ class Host:
             )
         if not context.add_callback(self._session_over):
             self._session_over()
-        context.send_initial_metadata(())
+        context.send_initial_metadata((wire.ACCEPTED,))
         worker, failure = self._construct()
         for call in calls:
             try:
@@ -188,6 +189,7 @@ class Host:
         for service in ("", wire.SERVICE):
             self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         if not self._closed_by_driver:
+            _forget_socket(self._listen)
             os._exit(0)
         self.ended.set()
 

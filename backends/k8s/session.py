@@ -24,9 +24,11 @@ _PROBE_SECONDS = 2.0  # for one health check
 _BACK_OFF_SECONDS = (0.1, 1.0)  # between two of them: first, most
 _BUSY_SECONDS = 3.0  # how long a worker may go on serving a driver that has just gone
 
-
-class Busy(LightvllmError):
-    """The worker is serving another driver; never leaves this package."""
+_PASSING = (  # may be otherwise in a moment: the server is not there yet, or is just ending
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+)
 
 
 class WorkerSession:
@@ -68,20 +70,23 @@ class WorkerSession:
     def open(self, deadline: float, say: Callable[[str], None]) -> None:
         """Wait until the worker reports SERVING, then take it. ``say`` is told what is being waited for.
 
-        Raises AuthError, PlacementError (time is up, or it is serving another driver), Shutdown (``abort`` was called).
+        A worker that serves another driver is given a moment, in which it may learn that the other has gone.
+        Raises AuthError, PlacementError (time is up, it serves another driver), or what the session was failed with.
         """
-        self._wait_serving(deadline, say)
         busy_until = min(deadline, time.monotonic() + _BUSY_SECONDS)
         while True:
-            try:
-                self._take()
-                break
-            except Busy as busy:
-                if time.monotonic() >= busy_until:
-                    raise PlacementError(f"{self._who}: {busy}") from None
-                say("is serving another driver")
-            self._sleep(_BACK_OFF_SECONDS[0])
             self._wait_serving(deadline, say)
+            refusal = self._take()
+            if refusal is None:
+                break
+            code, why = refusal.code(), _details(refusal)
+            busy = code == grpc.StatusCode.FAILED_PRECONDITION
+            if not busy and code not in _PASSING:
+                raise self._translated(refusal)
+            if time.monotonic() >= (busy_until if busy else deadline):
+                raise PlacementError(f"{self._who}: {why}")
+            say(why)
+            self._sleep(_BACK_OFF_SECONDS[0])
         threading.Thread(target=self._read, name=f"lightvllm-session-{self._who}", daemon=True).start()
 
     def init_worker(self, worker_class: str, env: Mapping[str, str], timeout: float) -> pb.InitWorkerReply:
@@ -108,7 +113,7 @@ class WorkerSession:
                     return
                 why = "is not serving"
             except grpc.RpcError as error:
-                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                if error.code() not in _PASSING:
                     raise self._translated(error) from None
                 why = _details(error)
             except ValueError:  # the channel was closed
@@ -120,20 +125,17 @@ class WorkerSession:
             self._sleep(pause)
             pause = min(2 * pause, _BACK_OFF_SECONDS[1])
 
-    def _take(self) -> None:
+    def _take(self) -> Any:
+        """Open the session: None, or the gRPC error with which the worker refused."""
         with self._lock:
             self._raise_if_over()
             frames: queue.SimpleQueue[Any] = queue.SimpleQueue()
             stream = wire.session_stub(self._channel)(iter(frames.get, None), metadata=self._metadata)
             self._frames, self._stream = frames, stream
-        stream.initial_metadata()  # returns when the worker accepts or the stream ends
-        if stream.is_active():
-            return
+        if wire.ACCEPTED in stream.initial_metadata():  # comes when the worker has decided, or the stream has ended
+            return None
         frames.put(None)
-        error: Any = stream.exception()
-        if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-            raise Busy(error.details())
-        raise self._translated(error)
+        return stream.exception()  # waits for the end of the stream, which has begun
 
     def _sleep(self, seconds: float) -> None:
         if self._cancelled.wait(seconds):

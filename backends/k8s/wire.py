@@ -17,6 +17,9 @@ SESSION = f"/{SERVICE}/Session"
 DRIVER_KEY = "lightvllm-driver"
 """Metadata: a random id of the driver, which ties its InitWorker to its Session. Not a secret."""
 
+ACCEPTED = ("lightvllm-session", "accepted")
+"""Initial metadata of a Session that has taken the worker. (A refusal has some, too: empty.)"""
+
 _FRAME_BYTES = 64 * 2**10  # room for what surrounds a payload
 
 # (time, time-out) of pings, over TCP only: the kernel tells of a dead peer on a Unix socket, and a suspended one there
@@ -56,6 +59,9 @@ def _keepalive(target: str, time_and_timeout: tuple[int, int]) -> Options:
     return [
         ("grpc.keepalive_time_ms", time_and_timeout[0]),
         ("grpc.keepalive_timeout_ms", time_and_timeout[1]),
+        # A keepalive ping waits for the ack of any other that is in flight (grpc measures bandwidth with them), which
+        # by default may take a minute.
+        ("grpc.http2.ping_timeout_ms", time_and_timeout[1]),
         ("grpc.http2.max_pings_without_data", 0),
     ]
 
