@@ -32,7 +32,7 @@ from lightvllm.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc" / "cpu"
-FLAGS = ("-O3", "-march=native", "-std=gnu++20", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-std=gnu++20", "-pthread", "-fPIC", "-shared")
 COMPILE_TIMEOUT = 600.0
 """Seconds until a compiler that has not ended is ended, and until a wait for another process's build is given up."""
 LIBRARY = "liblightvllm_cpu.so"

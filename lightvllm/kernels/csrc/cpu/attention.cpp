@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "team.h"
 #include "vec.h"
 
 namespace lightvllm {
@@ -16,6 +17,7 @@ namespace {
 constexpr int CHUNK = 2 * LANES;
 constexpr int TILE_ROWS = 24;
 constexpr float MINUS_INFINITY = -__builtin_inff();
+constexpr i32x16 NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 struct Item {
     int64_t sequence, kv_head, first_row, rows;  // rows of the flattened (query, head of the group) order
@@ -24,8 +26,10 @@ struct Item {
 struct Scratch {
     std::vector<float> keys, values, query, out;  // [D][CHUNK], [CHUNK][D], [TILE_ROWS][D] twice
     float weights[TILE_ROWS][CHUNK], top[TILE_ROWS], total[TILE_ROWS];
-    explicit Scratch(int64_t D)
-        : keys(D * CHUNK + LANES), values(D * CHUNK + LANES), query(TILE_ROWS * D), out(TILE_ROWS * D) {}
+    void fit(int64_t D) {
+        for (auto* chunk : {&keys, &values}) chunk->resize(D * CHUNK);
+        for (auto* rows : {&query, &out}) rows->resize(D * TILE_ROWS);
+    }
 };
 
 // Sixteen rows of sixteen floats, rows to columns.
@@ -51,23 +55,28 @@ inline void transpose(f32x16 (&v)[LANES]) {
 #undef LIGHTVLLM_EXCHANGE
 }
 
-// scores[r][0..CHUNK) = query[r] . keys, for R rows.
+// scores[r][0..CHUNK) = query[r] . keys, for R rows; even and odd dimensions are summed apart, so that a sum need not
+// wait for the one before.
 template <int R>
 void score_rows(const float* query, const float* keys, float (*scores)[CHUNK], int64_t D) {
-    f32x16 acc[R][2] = {};
-    for (int64_t d = 0; d < D; d++) {
-        f32x16 low = load_as<f32x16>(keys + d * CHUNK), high = load_as<f32x16>(keys + d * CHUNK + LANES);
+    f32x16 acc[R][2][2] = {};
+    for (int64_t d = 0; d < D; d += 2) {
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; odd++) {
+            const float* key = keys + (d + odd) * CHUNK;
+            f32x16 low = load_as<f32x16>(key), high = load_as<f32x16>(key + LANES);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            f32x16 q = splat(query[r * D + d]);
-            acc[r][0] = q * low + acc[r][0];
-            acc[r][1] = q * high + acc[r][1];
+            for (int r = 0; r < R; r++) {
+                f32x16 q = splat(query[r * D + d + odd]);
+                acc[r][odd][0] = q * low + acc[r][odd][0];
+                acc[r][odd][1] = q * high + acc[r][odd][1];
+            }
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-        store_as(scores[r], acc[r][0]);
-        store_as(scores[r] + LANES, acc[r][1]);
+        store_as(scores[r], acc[r][0][0] + acc[r][1][0]);
+        store_as(scores[r] + LANES, acc[r][0][1] + acc[r][1][1]);
     }
 }
 
@@ -105,8 +114,9 @@ void gather(const float (*weights)[CHUNK], const float* decay, const float* valu
     for (; d < D; d += LANES) gather_rows<R, 1>(weights, decay, values + d, out + d, D, tokens);
 }
 
+// Not inlined: the scratch's address is taken once, not with every access to the thread's own memory.
 template <typename E>
-void attend(const Attention& a, const Item& item, Scratch& s) {
+[[gnu::noipa]] void attend(const Attention& a, const Item& item, Scratch& s) {
     using type = typename E::type;
     const int64_t D = a.D, group = a.H / a.G, rows = item.rows;
     const int64_t begin = a.query_start_loc[item.sequence], end = a.query_start_loc[item.sequence + 1];
@@ -126,26 +136,39 @@ void attend(const Attention& a, const Item& item, Scratch& s) {
         s.total[r] = 0;
     }
     const int64_t token_stride = a.G * D, block_stride = a.block_size * token_stride;
+    const type* keys = static_cast<const type*>(a.key_cache) + item.kv_head * D;
+    const type* values = static_cast<const type*>(a.value_cache) + item.kv_head * D;
+    // Where the tokens of a chunk begin in the caches; the next chunk is asked for while this one is worked on.
+    int64_t here[CHUNK], ahead[CHUNK] = {};
+    auto locate = [&](int64_t chunk, int64_t (&at)[CHUNK]) {
+        const int64_t tokens = std::min<int64_t>(CHUNK, last - chunk);
+        int64_t entry = item.sequence * a.block_table_stride + chunk / a.block_size, offset = chunk % a.block_size;
+        for (int64_t j = 0; j < tokens; entry++, offset = 0) {
+            const int64_t block = a.block_tables[entry] * block_stride;
+            for (; j < tokens && offset < a.block_size; j++, offset++) {
+                at[j] = block + offset * token_stride;
+                for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(type))) {
+                    __builtin_prefetch(keys + at[j] + d);
+                    __builtin_prefetch(values + at[j] + d);
+                }
+            }
+        }
+    };
+    locate(0, ahead);
     for (int64_t chunk = 0; chunk < last; chunk += CHUNK) {
         const int tokens = static_cast<int>(std::min<int64_t>(CHUNK, last - chunk));
-        const type *keys[CHUNK], *values[CHUNK];
-        for (int j = 0; j < tokens; j++) {
-            int64_t token = chunk + j;
-            int64_t block = a.block_tables[item.sequence * a.block_table_stride + token / a.block_size];
-            int64_t at = block * block_stride + token % a.block_size * token_stride + item.kv_head * D;
-            keys[j] = static_cast<const type*>(a.key_cache) + at;
-            values[j] = static_cast<const type*>(a.value_cache) + at;
-        }
+        std::copy(ahead, ahead + CHUNK, here);
+        if (chunk + CHUNK < last) locate(chunk + CHUNK, ahead);
         for (int64_t d = 0; d < D; d += LANES) {
             for (int part = 0; part < CHUNK; part += LANES) {
                 f32x16 square[LANES];
 #pragma GCC unroll 16
-                for (int j = 0; j < LANES; j++) square[j] = part + j < tokens ? E::load(keys[part + j] + d) : f32x16{};
+                for (int j = 0; j < LANES; j++) square[j] = part + j < tokens ? E::load(keys + here[part + j] + d) : f32x16{};
                 transpose(square);
 #pragma GCC unroll 16
                 for (int i = 0; i < LANES; i++) store_as(&s.keys[(d + i) * CHUNK + part], square[i]);
             }
-            for (int j = 0; j < tokens; j++) store_as(&s.values[j * D + d], E::load(values[j] + d));
+            for (int j = 0; j < tokens; j++) store_as(&s.values[j * D + d], E::load(values + here[j] + d));
         }
         float decay[TILE_ROWS];
         int64_t r = 0;
@@ -155,10 +178,14 @@ void attend(const Attention& a, const Item& item, Scratch& s) {
         for (r = 0; r < rows; r++) {
             const int64_t visible = before + (item.first_row + r) / group + 1 - chunk;
             f32x16 p[2] = {load_as<f32x16>(s.weights[r]), load_as<f32x16>(s.weights[r] + LANES)};
-            for (int64_t j = std::max<int64_t>(visible, 0); j < CHUNK; j++) p[j / LANES][j % LANES] = MINUS_INFINITY;
-            float top = std::max(s.top[r], maximum(p[0] > p[1] ? p[0] : p[1]));
+            if (visible < CHUNK) {
+                const i32x16 count = i32x16{} + static_cast<int32_t>(std::max<int64_t>(visible, 0));
+                p[0] = NUMBERS < count ? p[0] : splat(MINUS_INFINITY);
+                p[1] = NUMBERS + LANES < count ? p[1] : splat(MINUS_INFINITY);
+            }
+            const float top = std::max(s.top[r], maximum(p[0] > p[1] ? p[0] : p[1]));
             for (auto& part : p) part = exp(part - top);
-            decay[r] = exp(splat(s.top[r] - top))[0];
+            decay[r] = top == s.top[r] ? 1.0f : exp(splat(s.top[r] - top))[0];
             s.total[r] = s.total[r] * decay[r] + sum(p[0] + p[1]);
             s.top[r] = top;
             store_as(s.weights[r], p[0]);
@@ -187,14 +214,12 @@ void attend_all(const Attention& a, int threads) {
             for (int64_t g = 0; g < a.G; g++) items.push_back({s, g, row, std::min<int64_t>(TILE_ROWS, rows - row)});
     }
     const int64_t count = static_cast<int64_t>(items.size());
-    threads = static_cast<int>(std::min<int64_t>(threads, count));
     // From the back: the last rows of a prompt see the most tokens and take the longest.
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        Scratch scratch(a.D);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < count; i++) attend<E>(a, items[count - 1 - i], scratch);
-    }
+    parallel(count, threads, [&](int64_t i) {
+        static thread_local Scratch scratch;
+        scratch.fit(a.D);
+        attend<E>(a, items[count - 1 - i], scratch);
+    });
 }
 
 }  // namespace

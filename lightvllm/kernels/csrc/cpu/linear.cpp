@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "team.h"
 #include "vec.h"
 
 namespace lightvllm {
@@ -16,6 +17,7 @@ constexpr int TILE_T = 6;
 #else
 constexpr int TILE_T = 2;  // sixteen registers of eight floats: 4 x 1 accumulators are pairs already
 #endif
+constexpr int64_t LEAST_PIECE = 32 * 1024;  // bytes of weights
 constexpr int64_t L2_SHARE = 512 * 1024;  // bytes of weights that are kept near while the rows of x pass by
 
 // One step along K: `width` elements of both operands into sixteen partial sums.
@@ -61,7 +63,7 @@ template <typename S>
 
 // Four outputs of each of C rows. `rows` (1 to 4) of the four are stored; w[] of the others repeats a valid row.
 template <typename S, int C>
-void tile(const typename S::type* x, int64_t x_stride, const typename S::type* const* w, const float* bias,
+void tile(const typename S::type* x, int64_t x_stride, const typename S::type* const* w, f32x16 bias,
           typename S::type* y, int64_t y_stride, int64_t K, int rows, const typename S::type* ahead, int ahead_rows) {
     f32x16 acc[C][TILE_N] = {};
     int64_t k = 0;
@@ -85,18 +87,28 @@ void tile(const typename S::type* x, int64_t x_stride, const typename S::type* c
             for (int n = 0; n < TILE_N; n++) acc[c][n] = S::add(acc[c][n], a, get_tail<S>(w[n] + k, K - k));
         }
     }
+    f32x16 quads[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; c++) {
-        f32x4 sums = sum4(acc[c][0], acc[c][1], acc[c][2], acc[c][3]) + load_as<f32x4>(bias);
-        if (rows == TILE_N)
-            S::store(y + c * y_stride, sums);
-        else
-            store_first<S>(y + c * y_stride, sums, rows);
+    for (int c = 0; c < C; c++) quads[c] = fold(acc[c][0], acc[c][1], acc[c][2], acc[c][3]);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c += 4) {
+        const int last = C - 1;
+        typename S::type out[LANES];
+        S::store(out, fold_quads(quads[c], quads[std::min(c + 1, last)], quads[std::min(c + 2, last)],
+                                 quads[std::min(c + 3, last)]) + bias);
+#pragma GCC unroll 4
+        for (int i = 0; i < std::min(4, C - c); i++) {
+            typename S::type* to = y + (c + i) * y_stride;
+            if (rows == TILE_N)
+                std::memcpy(to, out + i * TILE_N, TILE_N * sizeof(out[0]));
+            else
+                std::memcpy(to, out + i * TILE_N, rows * sizeof(out[0]));
+        }
     }
 }
 
 template <typename S>
-using Tile = void (*)(const typename S::type*, int64_t, const typename S::type* const*, const float*,
+using Tile = void (*)(const typename S::type*, int64_t, const typename S::type* const*, f32x16,
                       typename S::type*, int64_t, int64_t, int, const typename S::type*, int);
 
 template <typename S>
@@ -128,10 +140,10 @@ struct Problem {
             for (int64_t n = n0; n < n1; n += TILE_N) {
                 int rows = static_cast<int>(std::min<int64_t>(TILE_N, n1 - n));
                 const type* four[TILE_N];
-                float b[TILE_N] = {};
+                f32x16 b = {};  // the four biases, once for each of four rows
                 for (int j = 0; j < TILE_N; j++) four[j] = w + (n + std::min(j, rows - 1)) * K;
                 if (bias)
-                    for (int j = 0; j < rows; j++) b[j] = load_first<S>(bias + n + j, 1)[0];
+                    for (int j = 0; j < LANES; j++) b[j] = j % TILE_N < rows ? load_first<S>(bias + n + j % TILE_N, 1)[0] : 0;
                 tiles[c](x + t * x_stride, x_stride, four, b, y + t * N + n, N, K, rows, w + (n1 + i * share) * K, i < sharers ? share : 0);
             }
             t += c;
@@ -141,25 +153,19 @@ struct Problem {
 
 template <typename S>
 void run(const Problem<S>& p, int threads) {
-    // Few rows: x stays near and each group of four weights is read once. Many rows: a share of the weights stays
-    // near and x passes by, tile after tile.
-    int64_t row_bytes = p.K * static_cast<int64_t>(sizeof(typename S::type));
-    bool few = p.T * row_bytes <= L2_SHARE / 2;
-    int64_t block_n = std::max<int64_t>(1, (few ? 0 : L2_SHARE) / (TILE_N * row_bytes)) * TILE_N;
-    int64_t block_t = few ? p.T : 16 * TILE_T;
-    int64_t blocks_n = (p.N + block_n - 1) / block_n, blocks_t = (p.T + block_t - 1) / block_t;
-    int64_t blocks = blocks_n * blocks_t;
-    auto one = [&](int64_t i) {
+    // Few rows: x stays near, the weights stream by, and a piece is some of them. Many rows: a piece is a share of the
+    // weights that stays near while some of the rows pass by.
+    const int64_t row_bytes = p.K * static_cast<int64_t>(sizeof(typename S::type));
+    const bool few = p.T * row_bytes <= L2_SHARE / 2;
+    const int64_t bytes = few ? std::max(LEAST_PIECE, p.N * row_bytes / (32 * threads)) : L2_SHARE;
+    int64_t block_n = std::max<int64_t>(1, bytes / (TILE_N * row_bytes)) * TILE_N;
+    if (!few) block_n = std::min(block_n, (p.N / threads + TILE_N) / TILE_N * TILE_N);
+    const int64_t block_t = few ? p.T : 16 * TILE_T;
+    const int64_t blocks_n = (p.N + block_n - 1) / block_n, blocks_t = (p.T + block_t - 1) / block_t;
+    parallel(blocks_n * blocks_t, threads, [&](int64_t i) {
         int64_t n = i / blocks_t * block_n, t = i % blocks_t * block_t;
         p.run(t, std::min(t + block_t, p.T), n, std::min(n + block_n, p.N), few);
-    };
-    if (few) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < blocks; i++) one(i);
-    } else {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < blocks; i++) one(i);
-    }
+    });
 }
 
 template <typename S>

@@ -1,8 +1,10 @@
 // Norms, rotary embedding, the gated activation, and the write to the cache. Each rounds where the reference does: to the rows' type after
 // every operation that torch would do by itself.
+#include <algorithm>
 #include <cmath>
 
 #include "kernels.h"
+#include "team.h"
 #include "vec.h"
 
 namespace lightvllm {
@@ -10,9 +12,13 @@ namespace {
 
 constexpr int64_t WORTH_A_THREAD = 1 << 15;  // elements; below that waking a thread costs more than the work
 
-int threads_for(int64_t elements, int threads) {
-    int64_t worth = elements / WORTH_A_THREAD;
-    return worth < 1 ? 1 : worth < threads ? static_cast<int>(worth) : threads;
+// Calls f(t) for every row; `elements` of all rows together say how much work that is.
+template <typename F>
+void for_rows(int64_t T, int64_t elements, int threads, const F& f) {
+    const int64_t pieces = std::min(T, std::max<int64_t>(1, elements / WORTH_A_THREAD));
+    parallel(pieces, threads, [&](int64_t i) {
+        for (int64_t t = T * i / pieces; t < T * (i + 1) / pieces; t++) f(t);
+    });
 }
 
 int in_group(int64_t i, int64_t n) { return n - i < LANES ? static_cast<int>(n - i) : LANES; }
@@ -21,9 +27,7 @@ template <typename E>
 void norm_rows(const void* x_, int64_t x_stride, void* residual_, int64_t residual_stride, const void* weight_,
                void* y_, int64_t T, int64_t N, float eps, int threads) {
     using type = typename E::type;
-    threads = threads_for(T * N, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < T; t++) {
+    for_rows(T, T * N, threads, [&](int64_t t) {
         const type* x = static_cast<const type*>(x_) + t * x_stride;
         const type* weight = static_cast<const type*>(weight_);
         type* y = static_cast<type*>(y_) + t * N;
@@ -49,7 +53,7 @@ void norm_rows(const void* x_, int64_t x_stride, void* residual_, int64_t residu
             f32x16 v = E::rounded(load_group<E>(x + i, n) * scale);
             store_group<E>(y + i, v * load_group<E>(weight + i, n), n);
         }
-    }
+    });
 }
 
 template <typename E>
@@ -58,9 +62,7 @@ void rotate_rows(Indices positions, const Rows* rows, int count, const float* co
     using type = typename E::type;
     int64_t half = D / 2, heads = 0;
     for (int j = 0; j < count; j++) heads += rows[j].heads;
-    threads = threads_for(T * heads * D, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < T; t++) {
+    for_rows(T, T * heads * D, threads, [&](int64_t t) {
         const float* table = cos_sin + positions[t] * D;
         for (int64_t i = 0; i < half; i += LANES) {
             int n = in_group(i, half);
@@ -75,15 +77,13 @@ void rotate_rows(Indices positions, const Rows* rows, int count, const float* co
                 }
             }
         }
-    }
+    });
 }
 
 template <typename E>
 void activate_rows(const void* x_, int64_t x_stride, void* y_, int64_t T, int64_t N, int threads) {
     using type = typename E::type;
-    threads = threads_for(2 * T * N, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < T; t++) {
+    for_rows(T, 2 * T * N, threads, [&](int64_t t) {
         const type* gate = static_cast<const type*>(x_) + t * x_stride;
         type* y = static_cast<type*>(y_) + t * N;
         for (int64_t i = 0; i < N; i += LANES) {
@@ -91,7 +91,7 @@ void activate_rows(const void* x_, int64_t x_stride, void* y_, int64_t T, int64_
             f32x16 g = load_group<E>(gate + i, n), up = load_group<E>(gate + N + i, n);
             store_group<E>(y + i, E::rounded(g / (1.0f + exp(-g))) * up, n);
         }
-    }
+    });
 }
 
 }  // namespace
@@ -114,11 +114,10 @@ void silu_and_mul(Type type, const void* x, int64_t x_stride, void* y, int64_t T
 }
 
 void scatter_rows(const Copy* copies, int count, Indices slots, int64_t T, int64_t row_bytes, int threads) {
-    threads = threads_for(T * count * row_bytes / 4, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < T; t++)
+    for_rows(T, T * count * row_bytes / 4, threads, [&](int64_t t) {
         for (int j = 0; j < count; j++)
             std::memcpy(copies[j].to + slots[t] * row_bytes, copies[j].from + t * copies[j].stride, row_bytes);
+    });
 }
 
 }  // namespace lightvllm

@@ -19,13 +19,9 @@ namespace lightvllm {
 constexpr int LANES = 16;
 
 typedef float f32x16 __attribute__((vector_size(64)));
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef uint32_t u32x4 __attribute__((vector_size(16)));
-typedef uint16_t u16x4 __attribute__((vector_size(8)));
 
 template <typename V, typename T>
 inline V load_as(const T* p) {
@@ -42,13 +38,18 @@ inline void store_as(T* p, V v) {
 inline f32x16 splat(float x) { return f32x16{} + x; }
 
 // A bfloat16 number as the float of the same value, and back: to nearest, ties to even, NaN stays NaN.
-inline f32x16 widen(u16x16 v) { return (f32x16)(__builtin_convertvector(v, u32x16) << 16); }
+inline f32x16 widen(u16x16 v) {
+#if defined(__AVX512F__)
+    return (f32x16)((u32x16)_mm512_cvtepu16_epi32((__m256i)v) << 16);  // GCC 12 makes four instructions of the other
+#else
+    return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
+#endif
+}
 
-template <typename U, typename V>
-inline U round_bits(V v) {
-    U bits = (U)v;
+inline u32x16 round_bits(f32x16 v) {
+    u32x16 bits = (u32x16)v;
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return v == v ? bits : (U{} + 0x7fc0);
+    return v == v ? bits : (u32x16{} + 0x7fc0);
 }
 
 // An element type: how it is loaded (all sixteen, or the first n with zeros behind), stored, and rounded to.
@@ -56,16 +57,14 @@ struct F32 {
     using type = float;
     static f32x16 load(const float* p) { return load_as<f32x16>(p); }
     static void store(float* p, f32x16 v) { store_as(p, v); }
-    static void store(float* p, f32x4 v) { store_as(p, v); }
     static f32x16 rounded(f32x16 v) { return v; }
 };
 
 struct BF16 {
     using type = uint16_t;
     static f32x16 load(const uint16_t* p) { return widen(load_as<u16x16>(p)); }
-    static void store(uint16_t* p, f32x16 v) { store_as(p, __builtin_convertvector(round_bits<u32x16>(v), u16x16)); }
-    static void store(uint16_t* p, f32x4 v) { store_as(p, __builtin_convertvector(round_bits<u32x4>(v), u16x4)); }
-    static f32x16 rounded(f32x16 v) { return (f32x16)(round_bits<u32x16>(v) << 16); }
+    static void store(uint16_t* p, f32x16 v) { store_as(p, __builtin_convertvector(round_bits(v), u16x16)); }
+    static f32x16 rounded(f32x16 v) { return (f32x16)(round_bits(v) << 16); }
 };
 
 template <typename E>
@@ -75,9 +74,9 @@ inline f32x16 load_first(const typename E::type* p, int n) {
     return E::load(padded);
 }
 
-template <typename E, typename V>
-inline void store_first(typename E::type* p, V v, int n) {
-    typename E::type padded[sizeof(V) / sizeof(float)];
+template <typename E>
+inline void store_first(typename E::type* p, f32x16 v, int n) {
+    typename E::type padded[LANES];
     E::store(padded, v);
     std::memcpy(p, padded, n * sizeof(padded[0]));
 }
@@ -97,26 +96,38 @@ inline void store_group(typename E::type* p, f32x16 v, int count) {
         store_first<E>(p, v, count);
 }
 
-inline f32x8 lower(f32x16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
-inline f32x8 upper(f32x16 v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
-
-// The sums of four vectors, each by the same tree: (lanes l, l+4, l+8, l+12), then across.
-inline f32x4 sum4(f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
+// The sums of many vectors, in two stages, each by the same tree. `fold` leaves four quads, whose sum holds the four
+// vectors' sums; `fold_quads` gives the sums of the quads of four such results, in order.
+inline f32x16 fold(f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
     f32x16 ab = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
                 __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
     f32x16 cd = __builtin_shufflevector(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
                 __builtin_shufflevector(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    f32x16 all = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                 __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    f32x8 half = lower(all) + upper(all);
-    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 
-inline float sum(f32x16 v) { return sum4(v, v, v, v)[0]; }
+inline f32x16 fold_quads(f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
+    f32x16 ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    f32x16 cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                __builtin_shufflevector(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    return __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+inline float sum(f32x16 v) {
+    f32x16 quads = fold(v, v, v, v);
+    return fold_quads(quads, quads, quads, quads)[0];
+}
 
 inline float maximum(f32x16 v) {
+    f32x16 w = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v = v > w ? v : w;
+    w = __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v = v > w ? v : w;
     float m = v[0];
-    for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+    for (int i = 1; i < 4; i++) m = v[i] > m ? v[i] : m;
     return m;
 }
 
