@@ -16,7 +16,7 @@ from lightvllm.backends.base import Backend, Placement, Progress, WorkerRef
 from lightvllm.config import ParallelConfig
 from lightvllm.errors import LightvllmError, RpcTimeout, Shutdown, WorkerDied
 from lightvllm.executors.base import Executor, FailureCallback
-from lightvllm.executors.ranks import deal_ranks, local_ranks
+from lightvllm.executors.ranks import deal_ranks
 from lightvllm.messages import Buffer, decode_reply, encode_call
 
 HEALTH_TIMEOUT = 10.0
@@ -86,11 +86,6 @@ class DistributedExecutor(Executor):
     @property
     def step_timeout(self) -> float:
         return self._step_timeout
-
-    @property
-    def local_ranks(self) -> list[tuple[int, int]]:
-        """``(local_rank, local_world_size)`` of each rank on its node."""
-        return local_ranks(self.workers)
 
     # ------------------------------------------------------------------------------------------------- calls
 

@@ -9,6 +9,7 @@ from lightvllm.backends.base import Backend, Placement, Progress
 from lightvllm.config import EngineConfig, ExecutorConfig
 from lightvllm.errors import ConfigError
 from lightvllm.executors.distributed import DistributedExecutor
+from lightvllm.executors.ranks import device_indices, local_ranks
 from lightvllm.messages import CacheSpec, WorkerInfo, WorkerInit
 
 WORKER_CLASS = "lightvllm.worker:Worker"
@@ -36,11 +37,14 @@ class EngineExecutor(DistributedExecutor):
                     rank=rank,
                     local_rank=local_rank,
                     local_world_size=local_world_size,
+                    device_index=device_index,
                     world_size=self.world_size,
                     config=config,
                 )
             ]
-            for rank, (local_rank, local_world_size) in enumerate(self.local_ranks)
+            for rank, (local_rank, local_world_size), device_index in zip(
+                ranks, local_ranks(self.workers), device_indices(self.workers), strict=True
+            )
         }
         self.scatter_rpc("init_worker", init)
         rendezvous = ""

@@ -44,6 +44,20 @@ def deal_ranks(
     return whole + rest
 
 
+def device_indices(ranked: Sequence[WorkerRef]) -> list[int]:
+    """For workers in rank order: which of the GPUs that it sees each one takes.
+
+    Workers that see the same GPUs (processes of one pod) take them in turn; one that sees its own alone (a Ray actor)
+    takes the first.
+    """
+    seen: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
+    indices = []
+    for worker in ranked:
+        indices.append(seen[worker.node, worker.device_ids])
+        seen[worker.node, worker.device_ids] += 1
+    return indices
+
+
 def local_ranks(ranked: Sequence[WorkerRef]) -> list[tuple[int, int]]:
     """For workers in rank order: each one's ``(local_rank, local_world_size)`` on its node."""
     totals: dict[str, int] = defaultdict(int)

@@ -32,11 +32,12 @@ Buffer = bytes | bytearray | memoryview
 
 
 class WorkerInit(msgspec.Struct, frozen=True, kw_only=True):
-    """Who a worker is. ``local_rank`` counts the workers on its node, for choosing a device and sharing cores."""
+    """Who a worker is. ``local_rank`` counts the workers on its node; ``device_index`` is its GPU, of those it sees."""
 
     rank: int
     local_rank: int
     local_world_size: int
+    device_index: int
     world_size: int
     config: EngineConfig
 

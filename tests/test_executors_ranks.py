@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lightvllm.backends.base import WorkerRef
 from lightvllm.errors import PlacementError
-from lightvllm.executors.ranks import deal_ranks, local_ranks
+from lightvllm.executors.ranks import deal_ranks, device_indices, local_ranks
 
 
 def refs(nodes: str) -> list[WorkerRef]:
@@ -61,3 +61,11 @@ def test_wrong_number_is_refused() -> None:
 
 def test_local_ranks() -> None:
     assert local_ranks(refs("aabab")) == [(0, 3), (1, 3), (0, 2), (2, 3), (1, 2)]
+
+
+def test_device_indices() -> None:
+    pod = [WorkerRef(f"p{i}", "a", device_ids=("0", "1"), index=i) for i in range(2)]
+    actors = [WorkerRef(f"r{i}", "a", device_ids=(str(i),), index=i) for i in range(2)]
+    assert device_indices(pod) == [0, 1]
+    assert device_indices(actors) == [0, 0]
+    assert device_indices([*pod, WorkerRef("q0", "b", device_ids=("0", "1"))]) == [0, 1, 0]

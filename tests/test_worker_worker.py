@@ -38,7 +38,9 @@ def config(folder: Path, **fields: Any) -> EngineConfig:
 
 
 def init(config: EngineConfig, rank: int = 0, world: int = 1, local: int | None = None) -> WorkerInit:
-    return WorkerInit(rank=rank, local_rank=rank, local_world_size=local or world, world_size=world, config=config)
+    return WorkerInit(
+        rank=rank, local_rank=rank, local_world_size=local or world, device_index=rank, world_size=world, config=config
+    )
 
 
 def loaded(config: EngineConfig) -> Worker:
@@ -174,7 +176,9 @@ def test_calls_out_of_order_say_what_comes_first(folder: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_cuda_device_that_is_not_there_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"device='cuda' needs a CUDA device for local rank 0, .* sees 0; use device"):
+    with pytest.raises(
+        ConfigError, match=r"device='cuda' needs CUDA device number 0 on this node, but the worker sees 0; use device"
+    ):
         Driver(LocalWorker(), config(folder, device=DeviceConfig(device="cuda")))
 
 

@@ -116,7 +116,12 @@ class Driver:
 
     def _init(self, rank: int) -> tuple[str, bytes]:
         init = WorkerInit(
-            rank=rank, local_rank=rank, local_world_size=self._world, world_size=self._world, config=self._config
+            rank=rank,
+            local_rank=rank,
+            local_world_size=self._world,
+            device_index=rank,
+            world_size=self._world,
+            config=self._config,
         )
         return encode_call("init_worker", (init,), None)
 

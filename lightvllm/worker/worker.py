@@ -46,7 +46,7 @@ class Worker:
         """
         self._runner = self._parallel = self._store = self._attention = None
         config = init.config.device
-        self._device = _choose_device(config.device, init.local_rank)
+        self._device = _choose_device(config.device, init.device_index)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         cores = len(os.sched_getaffinity(0))
@@ -159,13 +159,13 @@ class Worker:
         return value
 
 
-def _choose_device(asked: str, local_rank: int) -> torch.device:
+def _choose_device(asked: str, index: int) -> torch.device:
     count = torch.cuda.device_count()
     if asked == "cpu" or (asked == "auto" and count == 0):
         return torch.device("cpu")
-    if local_rank >= count:
+    if index >= count:
         raise ConfigError(
-            f"device={asked!r} needs a CUDA device for local rank {local_rank}, and this worker sees {count}; "
+            f"device={asked!r} needs CUDA device number {index} on this node, but the worker sees {count}; "
             "use device='cpu', or start fewer workers on this node"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", index)
