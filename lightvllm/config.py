@@ -288,8 +288,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
         k8s_workers: addresses of ``lightvllm worker`` servers, ``"host:port"``, in rank order; empty starts local
             worker processes.
         k8s_token_file: file with the token that those servers were started with.
-        k8s_tls_cert, k8s_tls_key, k8s_tls_ca: PEM files for mutual TLS with them: the driver's certificate, its key, and
-            the CA that signed the servers'. Needed for addresses that are not loopback.
+        k8s_tls_cert, k8s_tls_key, k8s_tls_ca: PEM files for mutual TLS with them: the driver's certificate, its key,
+            and the CA that signed the servers'. Needed for addresses that are not loopback.
         strategy: placement of the workers over nodes (Ray's names).
         start_timeout: seconds until every worker must answer.
         rpc_timeout: seconds until every worker must have answered a control call, loading included.
