@@ -244,7 +244,7 @@ def test_a_listener_that_is_not_ray_fails_within_the_timeout() -> None:
     )
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LIMIT, check=True)
-    assert "2 s were not enough to connect to Ray at 127.0.0.1" in done.stdout
+    assert "0 of 1 workers within 2 s; still waiting to connect to Ray at 127.0.0.1" in done.stdout
     assert time.monotonic() - started < 20.0
 
 

@@ -88,7 +88,8 @@ class RayBackend:
             where = f"to connect to Ray at {self._address}" if self._address else "for Ray to start"
             tell(f"waiting {where}")
             self._connecting = _in_thread(self._connect)
-            self._await([self._connecting], deadline, f"{timeout:g} s were not enough {where}")
+            late = f"0 of {request.world_size} workers within {timeout:g} s; still waiting {where}"
+            self._await([self._connecting], deadline, late)
             self._start_actors(request)
             refs = self._wait_until_ready(request, deadline, timeout, tell)
             with self._guard:
@@ -100,9 +101,13 @@ class RayBackend:
         except WorkerDied as died:
             self._end(_CLEAN_UP_SECONDS)
             raise PlacementError(f"{self._ready()} of {request.world_size} workers; {died}") from died
-        except BaseException:
+        except BaseException as error:
             self._end(_CLEAN_UP_SECONDS)
-            raise
+            if isinstance(error, LightvllmError) or not isinstance(error, Exception):
+                raise
+            raise PlacementError(
+                f"{self._ready()} of {request.world_size} workers; Ray failed: {one_line(error)}"
+            ) from error
         finally:
             self._placing = None
             self._idle.set()
@@ -127,25 +132,20 @@ class RayBackend:
         bundle = _bundle(request)
         if self._lease.is_local and (missing := _never_fits(ray, request)):
             raise PlacementError(missing)
-        try:
-            self._group = ray.util.placement_group([bundle] * request.world_size, strategy=request.strategy)
-            host = ray.remote(concurrency_groups={"watch": 1})(WorkerHost)
-            for index in range(request.world_size):
-                handle = host.options(
-                    num_cpus=bundle.get("CPU", 0),
-                    num_gpus=bundle.get("GPU", 0),
-                    max_restarts=0,
-                    max_task_retries=0,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
-                ).remote()
-                actor = _Actor(WorkerRef(f"ray-{index}", "", index=index), handle)
-                self._actors[actor.ref.id] = actor
-                self._follow(actor, handle.watch.options(concurrency_group="watch").remote(), None, "watch")
-                self._follow(
-                    actor, handle.start.remote(request.worker_class, dict(request.env)), actor.started, "start"
-                )
-        except Exception as error:
-            raise PlacementError(f"Ray refused the placement group or an actor: {one_line(error)}") from error
+        self._group = ray.util.placement_group([bundle] * request.world_size, strategy=request.strategy)
+        host = ray.remote(concurrency_groups={"watch": 1})(WorkerHost)
+        for index in range(request.world_size):
+            handle = host.options(
+                num_cpus=bundle.get("CPU", 0),
+                num_gpus=bundle.get("GPU", 0),
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
+            ).remote()
+            actor = _Actor(WorkerRef(f"ray-{index}", "", index=index), handle)
+            self._actors[actor.ref.id] = actor
+            self._follow(actor, handle.watch.options(concurrency_group="watch").remote(), None, "watch")
+            self._follow(actor, handle.start.remote(request.worker_class, dict(request.env)), actor.started, "start")
 
     def _wait_until_ready(
         self, request: Placement, deadline: float, timeout: float, tell: Progress
@@ -263,7 +263,8 @@ class RayBackend:
         if not actor.end(died):
             return
         with self._reporting:
-            report = self._on_failure
+            with self._guard:  # place() looks for the dead and sets on_failure in one go
+                report = self._on_failure
             if report is not None:
                 try:
                     report(actor.ref, died)

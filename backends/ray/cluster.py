@@ -121,8 +121,8 @@ class _Connection:
 
     def end(self) -> None:
         global _current
-        _current = None
-        if self.made_here:
+        mine, _current = _current is self, None if _current is self else _current
+        if mine and self.made_here:
             # Without the cluster's GCS it would go on trying for a minute; the processes are to be gone long before.
             detaching = threading.Thread(target=import_ray().shutdown, name="lightvllm-ray-detach", daemon=True)
             detaching.start()
