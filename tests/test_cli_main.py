@@ -144,3 +144,23 @@ def test_the_console_script_is_this():
 
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     assert project["project"]["scripts"] == {"lightvllm": "lightvllm.cli.main:run"}
+
+
+def test_a_second_signal_does_not_cut_the_end_short_and_a_third_does():
+    code = """
+import os, signal, sys
+from lightvllm.cli.main import _signals
+with _signals():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        print("first", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("second", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("third", flush=True)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.stdout.split() == ["first", "second"]
+    assert "still shutting down; once more ends it by force" in ran.stderr
+    assert ran.returncode == 130

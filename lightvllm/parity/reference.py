@@ -69,8 +69,10 @@ def ask_transformers(
                 num_beams=1,
                 repetition_penalty=1.0,
             )
-            rows = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1].float().numpy()
             tokens: list[int] = whole[0, len(prompt) :].tolist()
+            # The row before the first token to the row before the last one; the very last row predicts beyond.
+            output = model(input_ids=whole, use_cache=False, logits_to_keep=len(tokens) + 1)
+            rows = output.logits[0, :-1].float().numpy()
             logits.append(rows)
             answers.append(
                 PromptRun(text=decode(tokens), token_ids=tokens, step_tops=[top_tokens(row, decode) for row in rows])
