@@ -149,6 +149,19 @@ def test_a_worker_that_exits_while_it_is_constructed_is_told_with_its_last_words
         place(started(), Placement(world_size=1, worker_class="exits:Worker"))
 
 
+def test_what_a_worker_prints_counts_as_its_last_words(started: Any) -> None:
+    def print_and_die(worker: object) -> None:
+        import os
+
+        print("no memory left")
+        os.abort()
+
+    backend = started()
+    (ref,) = place(backend)
+    with pytest.raises(WorkerDied, match=r"killed by SIGABRT during <callable>: no memory left"):
+        ask(backend, ref, print_and_die)
+
+
 def test_progress_says_who_is_waited_for(started: Any) -> None:
     said: list[str] = []
     backend = started()

@@ -146,7 +146,7 @@ class KubernetesBackend:
                 if self._closed:
                     raise Shutdown("the backend has been shut down")
                 ready = sum(member.placed.done() for member in members)
-                failure = next((e for m in members if m.placed.done() and (e := m.placed.exception())), None)
+                failure = next((e for m in members if m.placed.done() and (e := m.placed.exception() or m.died)), None)
                 waiting = [f"{member.id} {member.doing}" for member in members if not member.placed.done()]
                 text = f"workers {ready}/{len(members)} ready" + (f"; {', '.join(waiting)}" if waiting else "")
                 remaining = deadline - time.monotonic()
@@ -155,7 +155,7 @@ class KubernetesBackend:
                     continue
             if failure is not None:
                 if isinstance(failure, PlacementError | WorkerDied | WorkerError):
-                    well = sum(member.placed.done() and not member.placed.exception() for member in members)
+                    well = sum(m.placed.done() and not m.placed.exception() and not m.died for m in members)
                     raise PlacementError(f"{well} of {len(members)} workers: {failure}") from failure
                 raise failure
             if progress and text != said:
@@ -171,18 +171,14 @@ class KubernetesBackend:
     def _bring_up(self, member: _Member, request: Placement, deadline: float) -> None:
         """In a thread of its own; ends with a result or an exception in ``member.placed``."""
         try:
-            outcome: Any = self._connect(member, request, deadline)
-        except BaseException as error:  # noqa: BLE001  handed to place()
-            process = member.endpoint.process
-            ended = process is not None and not self._closed and process.exited.wait(_EXIT_REPORT_SECONDS)
-            if process is not None and ended and not isinstance(error, ConfigError):
-                error = PlacementError(f"{member.id} {process.reason('while it was starting')}")
-            outcome = error
+            ref, error = self._connect(member, request, deadline), None
+        except BaseException as failure:  # noqa: BLE001  handed to place()
+            ref, error = None, failure
         with self._changed:
-            if isinstance(outcome, BaseException):
-                member.placed.set_exception(outcome)
+            if ref is not None:
+                member.placed.set_result(ref)
             else:
-                member.placed.set_result(outcome)
+                member.placed.set_exception(error)
             self._changed.notify_all()
 
     def _connect(self, member: _Member, request: Placement, deadline: float) -> WorkerRef:
@@ -210,12 +206,17 @@ class KubernetesBackend:
             member.session = session
         if closed:
             session.abort()
-        # Before this line an exit goes unnoticed by the session; after it, _process_exited tells it.
-        elif endpoint.process is not None and endpoint.process.exited.is_set():
-            raise PlacementError(f"{member.id} {endpoint.process.reason('while it was starting')}")
-        session.open(deadline + slack, say)
-        say(f"is constructing {request.worker_class}")
-        reply = session.init_worker(request.worker_class, request.env, deadline - time.monotonic() + slack)
+        died = "while it was starting"
+        if endpoint.process is not None and endpoint.process.exited.is_set():  # from here on, _process_exited tells
+            raise PlacementError(f"{member.id} {endpoint.process.reason(died)}")
+        try:
+            session.open(deadline + slack, say)
+            say(f"is constructing {request.worker_class}")
+            reply = session.init_worker(request.worker_class, request.env, deadline - time.monotonic() + slack)
+        except (PlacementError, WorkerDied):
+            if endpoint.process is not None and endpoint.process.exited.wait(_EXIT_REPORT_SECONDS):
+                raise PlacementError(f"{member.id} {endpoint.process.reason(died)}") from None
+            raise
         if reply.failure:
             try:
                 decode_reply("__init__", reply.failure)
@@ -264,6 +265,7 @@ class KubernetesBackend:
             if self._closed or member.died is not None:
                 return
             member.died = WorkerDied(member.id, reason)
+            self._changed.notify_all()
         if member.session is not None:
             member.session.fail(member.died)
         with self._reporting:
@@ -285,16 +287,18 @@ class KubernetesBackend:
             return
         if self._reporting.acquire(timeout=timeout):  # an on_failure that has begun comes to its end first
             self._reporting.release()
-        goodbyes = [self._say_goodbye(member) for member in members]
-        politely_until = time.monotonic() + 0.6 * (deadline - time.monotonic())
-        for over in filter(None, goodbyes):
-            over.wait(max(0.0, politely_until - time.monotonic()))
-        self._discovery.close(deadline)
-        for member in members:
-            if member.session is not None:
-                member.session.abort()
-        atexit.unregister(self.shutdown)
-        self._ended.set()
+        try:
+            goodbyes = [self._say_goodbye(member) for member in members]
+            politely_until = time.monotonic() + 0.6 * (deadline - time.monotonic())
+            for over in filter(None, goodbyes):
+                over.wait(max(0.0, politely_until - time.monotonic()))
+        finally:  # also if Ctrl-C cuts the politeness short
+            self._discovery.close(deadline)
+            for member in members:
+                if member.session is not None:
+                    member.session.abort()
+            atexit.unregister(self.shutdown)
+            self._ended.set()
 
     def _say_goodbye(self, member: _Member) -> threading.Event | None:
         """Tell an idle worker to end, and return what tells that it has; one that is busy or was never placed is ended

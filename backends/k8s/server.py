@@ -11,7 +11,9 @@ before InitWorker has set the environment.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import io
 import os
 import platform
 import signal
@@ -44,7 +46,9 @@ _EXIT_SECONDS = 2.0  # that a polite end may take
 
 def main() -> NoReturn:
     status_fd, hangup_fd = os.dup(1), os.dup(0)
-    os.dup2(2, 1)  # what the worker prints goes to stderr
+    os.dup2(2, 1)  # what the worker prints goes to stderr, line by line
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     with open(os.devnull) as null:
         os.dup2(null.fileno(), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -62,9 +66,11 @@ def main() -> NoReturn:
         limit.daemon = True
         limit.start()
         host.close()
+        atexit._run_exitfuncs()  # what the worker has registered; tearing the interpreter down takes torch seconds
     finally:
         _forget_socket(bootstrap.listen)
-    sys.exit(0)
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _exit_at_end_of(hangup: Any, listen: str) -> None:

@@ -192,6 +192,7 @@ class WorkerSession:
                 if future is None:
                     if self._over is None:
                         reason = f"it answered call {reply.sequence_number}, expected an answer to call {expected}"
+                        self._stream.cancel()
                         break
                     continue  # the call has failed already
                 future.set_result(reply.payload)
