@@ -2,6 +2,7 @@
 
 import hashlib
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,6 +102,14 @@ def test_tokens_and_logits_are_two_mismatches():
         ("tokens", "transformers", "k8s 1x1", 0, 1),
         ("logits", "uniproc 1x1", "k8s 1x1", 0, 1),
     ]
+
+
+def test_a_run_that_said_something_else_while_it_was_timed():
+    timed = [[1, 2, 3], [4, 6]]
+    assert compare([msgspec.structs.replace(run("ray"), timed_token_ids=[[1, 2, 3], [4, 5]])], REFERENCE) == []
+    (found,) = compare([msgspec.structs.replace(run("ray"), timed_token_ids=timed)], REFERENCE)
+    assert (found.kind, found.left, found.right, found.prompt) == ("tokens", "ray 1x1 (timed)", "ray 1x1", 1)
+    assert (found.left_token, found.right_token) == (6, 5)
 
 
 def test_runs_that_cannot_be_compared():

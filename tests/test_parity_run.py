@@ -83,6 +83,7 @@ def test_three_that_agree(tiny):
     assert len({run.digest for run in report.runs}) == 1
     for run in report.runs:
         assert run.max_abs_logit_difference < 1e-4
+        assert run.timed_token_ids == [answer.token_ids for answer in run.prompts]
         assert run.output_tokens == sum(len(answer.token_ids) for answer in run.prompts) > 0
         assert all(len(a.step_digests) == len(a.step_tops) == len(a.token_ids) for a in run.prompts)
         assert [[top[0].id for top in a.step_tops] for a in run.prompts] == [a.token_ids for a in run.prompts]

@@ -2,7 +2,8 @@
 
 Compared are, in this order:
 
-* **tokens**: of every run with those of the reference, or with those of the first run where there is no reference;
+* **tokens**: of every run with those of the reference, or with those of the first run where there is no reference, and
+  with what the run itself said when it was timed;
 * **logits**: runs of one layout with the first run of that layout, bit for bit, by SHA-256. Layouts are not compared
   with each other: they add the same numbers up in another order.
 * **schedule**: the same logits, but computed in other steps.
@@ -56,6 +57,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         layout: ``"TPxPP"``.
         repeat: 1 for the first run of this executor and layout.
         prompts: in the order in which they were asked.
+        timed_token_ids: for each prompt, what was said while the run was timed; empty if it was not.
         digest: SHA-256 over the float32 logits of every step in order; "" where they are not known.
         max_abs_logit_difference: from the reference, over every step up to where the tokens part; None without one.
         threads: CPU threads of each worker.
@@ -70,6 +72,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     layout: str
     repeat: int = 1
     prompts: list[PromptRun]
+    timed_token_ids: list[list[int]] = []
     digest: str = ""
     max_abs_logit_difference: float | None = None
     threads: int = 0
@@ -131,6 +134,10 @@ def compare(runs: Sequence[Run], reference: Run | None = None) -> list[Mismatch]
     for run in runs:
         if standard is not None and run is not standard:
             mismatches += _tokens(standard, run)
+        if run.timed_token_ids:
+            timed = [PromptRun(text="", token_ids=token_ids) for token_ids in run.timed_token_ids]
+            found = _tokens(msgspec.structs.replace(run, prompts=timed), run)
+            mismatches += [msgspec.structs.replace(mismatch, left=f"{run.name} (timed)") for mismatch in found]
         first = first_of_layout.setdefault(run.layout, run)
         if first is not run:
             mismatches += _logits(first, run)

@@ -10,6 +10,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lightvllm.errors import ConfigError
 from lightvllm.hub import resolve
 from lightvllm.parity.compare import Mismatch, PromptRun, Run, compare
 from lightvllm.parity.prompts import Prompt
-from lightvllm.parity.record import Recorder, top_tokens
+from lightvllm.parity.record import Decode, Recorder, top_tokens
 from lightvllm.parity.reference import NAME, Reference, ask_transformers, largest_difference
 from lightvllm.sampling_params import SamplingParams
 from lightvllm.version import __version__
@@ -162,8 +163,9 @@ def run_parity(
     reference = None
     if plan.reference != "none":
         reference = ask_transformers(folder, config.dtype, ids, plan.max_tokens, decode, progress)
+    runner = _Runner(plan, ids, decode, reference, progress, make_llm)
     runs = [
-        _run(plan, layout, executor, repeat, ids, decode, reference, progress, make_llm)
+        runner.run(layout, executor, repeat)
         for layout, executor in plan.pairs()
         for repeat in range(1, plan.repeat + 1)
     ]
@@ -186,83 +188,90 @@ def run_parity(
     )
 
 
-def _run(
-    plan: Plan,
-    layout: Layout,
-    executor: str,
-    repeat: int,
-    prompts: list[list[int]],
-    decode: Callable[[Sequence[int]], str],
-    reference: Reference | None,
-    progress: Callable[[str], None],
-    make_llm: Callable[..., LLM],
-) -> Run:
-    """Ask twice: first timed, then for the logits, whose way to the driver would be in the times. The second time the
-    engine finds the prompts in its prefix cache, so that is compared, too."""
-    import numpy as np
+@dataclass(frozen=True)
+class _Runner:
+    """What all runs of a plan have in common; ``prompts`` are token ids."""
 
-    name = f"{executor} {layout}" + (f", run {repeat} of {plan.repeat}" if plan.repeat > 1 else "")
-    recorder = Recorder()
-    with make_llm(
-        plan.model,
-        executor=executor,
-        tensor_parallel_size=layout.tensor_parallel_size,
-        pipeline_parallel_size=layout.pipeline_parallel_size,
-        dtype=plan.dtype,
-        max_model_len=plan.max_model_len,
-        threads=plan.threads or max(1, _cores() // layout.parallel.world_size),
-        return_logits=True,
-        on_step=recorder,
-        progress=lambda what: progress(f"{name}: {what}"),
-        **plan.options.get(executor, {}),
-    ) as llm:
+    plan: Plan
+    prompts: list[list[int]]
+    decode: Decode
+    reference: Reference | None
+    progress: Callable[[str], None]
+    make_llm: Callable[..., LLM]
+
+    def run(self, layout: Layout, executor: str, repeat: int) -> Run:
+        """Start an engine, ask twice, shut it down.
+
+        First it is timed, then it sends its logits, whose way to the driver would be in the times. The second time it
+        finds the prompts in its prefix cache, so that is compared, too.
+        """
+        import numpy as np
+
+        plan = self.plan
+        name = f"{executor} {layout}" + (f", run {repeat} of {plan.repeat}" if plan.repeat > 1 else "")
         sampling = SamplingParams(temperature=0.0, max_tokens=plan.max_tokens)
-        progress(f"{name}: generating, timed")
-        llm.executor.collective_rpc("set_return_logits", args=(False,))
-        started = time.perf_counter()
-        timed = llm.generate(prompts, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - started
-        outside = [1e6 * (timing.seconds - timing.model_seconds) for timing in llm.engine.timings]
-        progress(f"{name}: generating, with logits")
-        llm.executor.collective_rpc("set_return_logits", args=(True,))
-        recorder.listening = True
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        info, start_seconds = llm.executor.worker_infos[llm.executor.output_rank], llm.executor.start_seconds
-    # One engine deals out its sequences' ids in the order of asking.
-    rows = [recorder.rows[seq_id] for seq_id in sorted(recorder.rows)]
-    digests = [recorder.digests[seq_id] for seq_id in sorted(recorder.digests)]
-    difference = None
-    if reference is not None:
-        difference = max(
-            largest_difference(reference, i, output.outputs[0].token_ids, rows[i]) for i, output in enumerate(outputs)
-        )
-    return Run(
-        executor=executor,
-        layout=str(layout),
-        repeat=repeat,
-        prompts=[
-            PromptRun(
-                text=output.outputs[0].text,
-                token_ids=list(output.outputs[0].token_ids),
-                finish_reason=output.outputs[0].finish_reason,
-                step_digests=digests[i],
-                step_tops=[top_tokens(row, decode) for row in rows[i]],
+        recorder = Recorder()
+        with self.make_llm(
+            plan.model,
+            executor=executor,
+            tensor_parallel_size=layout.tensor_parallel_size,
+            pipeline_parallel_size=layout.pipeline_parallel_size,
+            dtype=plan.dtype,
+            max_model_len=plan.max_model_len,
+            threads=plan.threads or max(1, _cores() // layout.parallel.world_size),
+            return_logits=True,
+            on_step=recorder,
+            progress=lambda what: self.progress(f"{name}: {what}"),
+            **plan.options.get(executor, {}),
+        ) as llm:
+            self.progress(f"{name}: generating, timed")
+            llm.executor.collective_rpc("set_return_logits", args=(False,))
+            started = time.perf_counter()
+            timed = llm.generate(self.prompts, sampling, use_tqdm=False)
+            seconds = time.perf_counter() - started
+            outside = [1e6 * (timing.seconds - timing.model_seconds) for timing in llm.engine.timings]
+            self.progress(f"{name}: generating, with logits")
+            llm.executor.collective_rpc("set_return_logits", args=(True,))
+            recorder.listening = True
+            outputs = llm.generate(self.prompts, sampling, use_tqdm=False)
+            info, start_seconds = llm.executor.worker_infos[llm.executor.output_rank], llm.executor.start_seconds
+        answers = [output.outputs[0] for output in outputs]
+        # One engine deals out its sequences' ids in the order of asking.
+        rows = [recorder.rows[seq_id] for seq_id in sorted(recorder.rows)]
+        digests = [recorder.digests[seq_id] for seq_id in sorted(recorder.digests)]
+        difference = None
+        if self.reference is not None:
+            difference = max(
+                largest_difference(self.reference, i, answer.token_ids, rows[i]) for i, answer in enumerate(answers)
             )
-            for i, output in enumerate(outputs)
-        ],
-        digest=recorder.digest,
-        max_abs_logit_difference=difference,
-        threads=info.threads,
-        device=info.device,
-        attention_backend=info.attention_backend,
-        kernels=info.kernels,
-        output_tokens=sum(len(output.outputs[0].token_ids) for output in timed),
-        steps=len(outside),
-        seconds=seconds,
-        outside_us_p50=float(np.percentile(outside, 50)),
-        outside_us_p99=float(np.percentile(outside, 99)),
-        start_seconds=start_seconds,
-    )
+        return Run(
+            executor=executor,
+            layout=str(layout),
+            repeat=repeat,
+            prompts=[
+                PromptRun(
+                    text=answer.text,
+                    token_ids=list(answer.token_ids),
+                    finish_reason=answer.finish_reason,
+                    step_digests=digests[i],
+                    step_tops=[top_tokens(row, self.decode) for row in rows[i]],
+                )
+                for i, answer in enumerate(answers)
+            ],
+            timed_token_ids=[list(output.outputs[0].token_ids) for output in timed],
+            digest=recorder.digest,
+            max_abs_logit_difference=difference,
+            threads=info.threads,
+            device=info.device,
+            attention_backend=info.attention_backend,
+            kernels=info.kernels,
+            output_tokens=sum(len(output.outputs[0].token_ids) for output in timed),
+            steps=len(outside),
+            seconds=seconds,
+            outside_us_p50=float(np.percentile(outside, 50)),
+            outside_us_p99=float(np.percentile(outside, 99)),
+            start_seconds=start_seconds,
+        )
 
 
 def _tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> tuple[list[Question], list[list[int]]]:
