@@ -7,7 +7,7 @@ import torch
 
 from lightvllm import kernels
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)

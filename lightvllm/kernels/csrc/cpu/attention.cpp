@@ -225,7 +225,7 @@ void attend_all(const Attention& a, int threads) {
 }  // namespace
 
 void paged_attention(Type type, const Attention& a, int threads) {
-    auto go = type == Type::f32 ? attend_all<F32> : attend_all<BF16>;
+    auto go = of(type, attend_all<F32>, attend_all<BF16>, attend_all<F16>);
     go(a, threads);
 }
 

@@ -30,7 +30,7 @@ c10::TypedOperatorHandle<Signature> reference(const char* name) {
 // All on the CPU, of one dtype that the kernels know, and with something in them.
 bool served(std::initializer_list<const Tensor*> tensors) {
     at::ScalarType type = (*tensors.begin())->scalar_type();
-    if (type != at::kFloat && type != at::kBFloat16) return false;
+    if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) return false;
     for (const Tensor* t : tensors)
         if (t->scalar_type() != type || !t->is_cpu() || t->numel() == 0) return false;
     return true;
@@ -52,7 +52,10 @@ bool integers(std::initializer_list<const Tensor*> tensors) {
     return true;
 }
 
-Type type_of(const Tensor& t) { return t.scalar_type() == at::kFloat ? Type::f32 : Type::bf16; }
+Type type_of(const Tensor& t) {
+    at::ScalarType type = t.scalar_type();
+    return type == at::kFloat ? Type::f32 : type == at::kBFloat16 ? Type::bf16 : Type::f16;
+}
 
 Indices indices(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == at::kLong}; }
 

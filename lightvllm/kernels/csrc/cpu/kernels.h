@@ -8,7 +8,13 @@
 
 namespace lightvllm {
 
-enum class Type { f32, bf16 };
+enum class Type { f32, bf16, f16 };
+
+// The instance of a kernel for a type.
+template <typename F>
+F of(Type type, F f32, F bf16, F f16) {
+    return type == Type::f32 ? f32 : type == Type::bf16 ? bf16 : f16;
+}
 
 // An integer tensor of either width.
 struct Indices {

@@ -21,13 +21,16 @@ constexpr int64_t LEAST_PIECE = 32 * 1024;  // bytes of weights
 constexpr int64_t L2_SHARE = 512 * 1024;  // bytes of weights that are kept near while the rows of x pass by
 
 // One step along K: `width` elements of both operands into sixteen partial sums.
-struct StepF32 : F32 {
+template <typename E>
+struct Step : E {
     using operand = f32x16;
     static constexpr int width = LANES;
-    static operand get(const float* p) { return load(p); }
+    static operand get(const typename E::type* p) { return E::load(p); }
     static f32x16 add(f32x16 acc, operand a, operand b) { return a * b + acc; }
 };
 
+using StepF32 = Step<F32>;
+using StepF16 = Step<F16>;
 #if LIGHTVLLM_DPBF16
 struct StepBF16 : BF16 {
     using operand = __m512bh;
@@ -36,12 +39,7 @@ struct StepBF16 : BF16 {
     static f32x16 add(f32x16 acc, operand a, operand b) { return (f32x16)_mm512_dpbf16_ps((__m512)acc, a, b); }
 };
 #else
-struct StepBF16 : BF16 {
-    using operand = f32x16;
-    static constexpr int width = LANES;
-    static operand get(const uint16_t* p) { return load(p); }
-    static f32x16 add(f32x16 acc, operand a, operand b) { return a * b + acc; }
-};
+using StepBF16 = Step<BF16>;
 #endif
 
 // Without this the compiler folds the load of x into each of the four products, and loads become the limit.
@@ -96,7 +94,6 @@ void tile(const typename S::type* x, int64_t x_stride, const typename S::type* c
         typename S::type out[LANES];
         S::store(out, fold_quads(quads[c], quads[std::min(c + 1, last)], quads[std::min(c + 2, last)],
                                  quads[std::min(c + 3, last)]) + bias);
-#pragma GCC unroll 4
         for (int i = 0; i < std::min(4, C - c); i++) {
             typename S::type* to = y + (c + i) * y_stride;
             if (rows == TILE_N)
@@ -179,7 +176,7 @@ void start(const void* x, int64_t x_stride, const void* w, const void* bias, voi
 
 void linear(Type type, const void* x, int64_t x_stride, const void* w, const void* bias, void* y, int64_t T, int64_t N,
             int64_t K, int threads) {
-    auto go = type == Type::f32 ? start<StepF32> : start<StepBF16>;
+    auto go = of(type, start<StepF32>, start<StepBF16>, start<StepF16>);
     go(x, x_stride, w, bias, y, T, N, K, threads);
 }
 

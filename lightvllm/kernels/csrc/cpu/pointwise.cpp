@@ -98,18 +98,18 @@ void activate_rows(const void* x_, int64_t x_stride, void* y_, int64_t T, int64_
 
 void rms_norm(Type type, const void* x, int64_t x_stride, void* residual, int64_t residual_stride, const void* weight,
               void* y, int64_t T, int64_t N, float eps, int threads) {
-    auto go = type == Type::f32 ? norm_rows<F32> : norm_rows<BF16>;
+    auto go = of(type, norm_rows<F32>, norm_rows<BF16>, norm_rows<F16>);
     go(x, x_stride, residual, residual_stride, weight, y, T, N, eps, threads);
 }
 
 void rotary_embedding(Type type, Indices positions, const Rows* rows, int count, const float* cos_sin, int64_t T,
                       int64_t D, int threads) {
-    auto go = type == Type::f32 ? rotate_rows<F32> : rotate_rows<BF16>;
+    auto go = of(type, rotate_rows<F32>, rotate_rows<BF16>, rotate_rows<F16>);
     go(positions, rows, count, cos_sin, T, D, threads);
 }
 
 void silu_and_mul(Type type, const void* x, int64_t x_stride, void* y, int64_t T, int64_t N, int threads) {
-    auto go = type == Type::f32 ? activate_rows<F32> : activate_rows<BF16>;
+    auto go = of(type, activate_rows<F32>, activate_rows<BF16>, activate_rows<F16>);
     go(x, x_stride, y, T, N, threads);
 }
 

@@ -22,6 +22,9 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+#if !defined(__AVX512F__)
+typedef _Float16 f16x16 __attribute__((vector_size(32)));
+#endif
 
 template <typename V, typename T>
 inline V load_as(const T* p) {
@@ -35,7 +38,7 @@ inline void store_as(T* p, V v) {
     std::memcpy(p, &v, sizeof(V));
 }
 
-inline f32x16 splat(float x) { return f32x16{} + x; }
+inline f32x16 splat(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 // A bfloat16 number as the float of the same value, and back: to nearest, ties to even, NaN stays NaN.
 inline f32x16 widen(u16x16 v) {
@@ -65,6 +68,24 @@ struct BF16 {
     static f32x16 load(const uint16_t* p) { return widen(load_as<u16x16>(p)); }
     static void store(uint16_t* p, f32x16 v) { store_as(p, __builtin_convertvector(round_bits(v), u16x16)); }
     static f32x16 rounded(f32x16 v) { return (f32x16)(round_bits(v) << 16); }
+};
+
+struct F16 {
+    using type = uint16_t;
+#if defined(__AVX512F__)
+    static f32x16 load(const uint16_t* p) { return (f32x16)_mm512_cvtph_ps((__m256i)load_as<u16x16>(p)); }
+    static void store(uint16_t* p, f32x16 v) {
+        store_as(p, (u16x16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+#else
+    static f32x16 load(const uint16_t* p) { return __builtin_convertvector(load_as<f16x16>(p), f32x16); }
+    static void store(uint16_t* p, f32x16 v) { store_as(p, __builtin_convertvector(v, f16x16)); }
+#endif
+    static f32x16 rounded(f32x16 v) {
+        uint16_t narrow[LANES];
+        store(narrow, v);
+        return load(narrow);
+    }
 };
 
 template <typename E>
