@@ -25,6 +25,8 @@ from lightvllm import kernels
 from lightvllm.kernels import reference
 
 COLD = 256 << 20
+SETTLE = 0.01
+"""Seconds between contenders: torch's threads go on spinning for milliseconds, on the cores that are measured next."""
 
 
 @dataclass
@@ -162,6 +164,7 @@ def measure(case: Case, rounds: int) -> tuple[float, float]:
     at = 0
     for round_number in range(rounds + 1):
         for call, into in zip((case.ours, case.torchs), times, strict=True):
+            time.sleep(SETTLE)
             began = time.perf_counter()
             for _ in range(burst):
                 call(at % case.copies)
@@ -191,6 +194,7 @@ def main() -> None:
     args = parser.parse_args()
     info = kernels.use("compiled")
     bandwidth = read_bandwidth(args.threads)
+    time.sleep(SETTLE)
     print(f"{args.threads} threads, memory read {bandwidth / 1e9:.1f} GB/s, kernels {info.library}")
     with torch.inference_mode():
         for dtype in args.dtypes.split(","):

@@ -10,6 +10,7 @@ import torch
 from kernel_fixtures import compiled, random, threads  # noqa: F401
 
 from lightvllm import kernels
+from lightvllm.errors import ConfigError
 
 
 @pytest.mark.usefixtures("compiled", "threads")
@@ -65,6 +66,36 @@ def started(threads):
 
 print(started(1), started(3), started(2), started(4))
 """
+
+
+_CHOSEN = """
+import os, torch
+from lightvllm import kernels
+
+def started(threads):
+    before = len(os.listdir("/proc/self/task"))
+    kernels.set_num_threads(threads)
+    kernels.linear(torch.ones(4, 576), torch.ones(1000, 576))
+    return len(os.listdir("/proc/self/task")) - before, torch.get_num_threads()
+
+kernels.use("compiled")
+print(started(3), started(1))
+kernels.use("reference")
+kernels.set_num_threads(2)
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.usefixtures("compiled")
+def test_threads_of_the_kernels_alone() -> None:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", _CHOSEN], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "(2, 1) (0, 1)\n2\n", done.stderr
+
+
+def test_no_threads_are_refused() -> None:
+    with pytest.raises(ConfigError, match="threads=0; use 1 or more"):
+        kernels.set_num_threads(0)
 
 
 @pytest.mark.usefixtures("compiled")

@@ -4,6 +4,8 @@
 call) builds or loads the compiled kernels once; where that cannot be done it says why in one warning and takes the
 references. Call as ``kernels.linear(...)``. The meaning, shapes and dtypes of each are documented in ``reference.py``.
 
+Without ``set_num_threads`` the kernels have as many threads as torch's operations.
+
 A compiled kernel's result for a row depends on that row (and its sequence) alone: not on the rows beside it in the
 batch, not on how a prompt was cut into chunks, not on the number of threads.
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import torch
 from torch import Tensor
 
 from lightvllm.errors import ConfigError
@@ -31,6 +34,7 @@ __all__ = [
     "reshape_and_cache",
     "rms_norm",
     "rotary_embedding",
+    "set_num_threads",
     "silu_and_mul",
     "use",
 ]
@@ -90,6 +94,24 @@ def info() -> Info:
 def compiled() -> bool:
     """True if the compiled kernels are in use."""
     return info().compiled
+
+
+def set_num_threads(count: int) -> None:
+    """Compute with ``count`` threads from now on (1 or more).
+
+    With the compiled kernels torch's own operations get one thread: those left to do are small, and torch's threads
+    spin for milliseconds after each of them, on the cores that the kernels' threads need next. A program that calls
+    ``torch.set_num_threads`` afterwards has that number for torch's operations alone.
+    """
+    if count < 1:
+        raise ConfigError(f"threads={count}; use 1 or more")
+    if compiled():
+        from lightvllm.kernels import operators
+
+        operators.set_num_threads(count)
+        torch.set_num_threads(1)
+    else:
+        torch.set_num_threads(count)
 
 
 # What the functions below call: bound by ``use``, so that a call costs no decision. Until then each of them decides.

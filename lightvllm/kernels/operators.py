@@ -40,6 +40,11 @@ def load(path: Path) -> None:
         torch.library.register_fake(f"lightvllm::{name}", shape, lib=_library)
 
 
+def set_num_threads(count: int) -> None:
+    """Of the kernels; 0: as many as torch's operations have."""
+    torch.ops.lightvllm.set_num_threads(count)
+
+
 def function(name: str) -> Callable[..., Any]:
     """The operator, with its reference's signature."""
     # The only overload: cheaper to call than the packet of overloads.

@@ -35,6 +35,7 @@ class Worker:
         self._init: WorkerInit | None = None
         self._store: Store | None = None
         self._device = torch.device("cpu")
+        self._threads = 1
         self._attention: AttentionBackend | None = None
         self._parallel: ParallelContext | None = None
         self._runner: ModelRunner | None = None
@@ -50,8 +51,9 @@ class Worker:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.threads or max(1, cores // init.local_world_size))
+        self._threads = config.threads or max(1, cores // init.local_world_size)
         kernels.use(config.kernels)
+        kernels.set_num_threads(self._threads)
         self._attention = attention_backend(config.attention_backend, self._device)
         self._init = init
 
@@ -90,7 +92,7 @@ class Worker:
         return WorkerInfo(
             rank=init.rank,
             device=str(self._device),
-            threads=torch.get_num_threads(),
+            threads=self._threads,
             attention_backend=attention.name,
             kernels="compiled" if kernels.compiled() else "reference",
             parameter_bytes=self._runner.parameter_bytes,

@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <initializer_list>
 #include <optional>
 #include <tuple>
@@ -21,6 +22,16 @@ using at::Tensor;
 using lightvllm::Indices;
 using lightvllm::Rows;
 using lightvllm::Type;
+
+// The threads of the kernels; 0: as many as torch's operations have.
+std::atomic<int64_t> chosen_threads{0};
+
+int threads() {
+    const int64_t chosen = chosen_threads.load(std::memory_order_relaxed);
+    return chosen ? static_cast<int>(chosen) : at::get_num_threads();
+}
+
+void set_num_threads(int64_t count) { chosen_threads.store(count); }
 
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> reference(const char* name) {
@@ -80,7 +91,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
     Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
     lightvllm::linear(type_of(x), x.const_data_ptr(), x.stride(0), weight.const_data_ptr(),
                       bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), x.size(0), weight.size(0),
-                      x.size(1), at::get_num_threads());
+                      x.size(1), threads());
     return y;
 }
 
@@ -93,7 +104,7 @@ Tensor normed(const Tensor& x, const Tensor* residual, const Tensor& weight, dou
     Tensor y = at::empty(x.sizes(), x.options());
     lightvllm::rms_norm(type_of(x), x.const_data_ptr(), x.stride(0), residual ? residual->mutable_data_ptr() : nullptr,
                         residual ? residual->stride(0) : 0, weight.const_data_ptr(), y.mutable_data_ptr(), x.size(0),
-                        x.size(1), static_cast<float>(eps), at::get_num_threads());
+                        x.size(1), static_cast<float>(eps), threads());
     return y;
 }
 
@@ -129,7 +140,7 @@ void rotate(const Tensor& positions, const Tensor& query, const Tensor& key, con
     check_range(indices(positions), query.size(0), cos_sin.size(0), "position", "the table of cosines and sines");
     Rows both[] = {rows(query), rows(key)};
     lightvllm::rotary_embedding(type_of(query), indices(positions), both, 2, cos_sin.const_data_ptr<float>(),
-                                query.size(0), query.size(2), at::get_num_threads());
+                                query.size(0), query.size(2), threads());
 }
 
 void rotary_embedding(const Tensor& positions, Tensor& query, Tensor& key, const Tensor& cos_sin) {
@@ -164,7 +175,7 @@ void write_cache(const Tensor& key, const Tensor& value, const Tensor& key_cache
          value.stride(0) * size},
     };
     lightvllm::scatter_rows(copies, 2, indices(slot_mapping), T, key.size(1) * key.size(2) * size,
-                            at::get_num_threads());
+                            threads());
 }
 
 void reshape_and_cache(const Tensor& key, const Tensor& value, Tensor& key_cache, Tensor& value_cache,
@@ -186,7 +197,7 @@ Tensor silu_and_mul(const Tensor& x) {
     int64_t N = x.size(1) / 2;
     Tensor y = at::empty({x.size(0), N}, x.options());
     lightvllm::silu_and_mul(type_of(x), x.const_data_ptr(), x.stride(0), y.mutable_data_ptr(), x.size(0), N,
-                            at::get_num_threads());
+                            threads());
     return y;
 }
 
@@ -231,7 +242,7 @@ Tensor paged_attention(const Tensor& query, const Tensor& key_cache, const Tenso
                            query.size(1),          key_cache.size(2),          query.size(2),
                            tables,                 lengths,                    starts,
                            S,                      stride,                     static_cast<float>(scale)};
-    lightvllm::paged_attention(type_of(query), a, at::get_num_threads());
+    lightvllm::paged_attention(type_of(query), a, threads());
     return out;
 }
 
@@ -249,6 +260,7 @@ TORCH_LIBRARY(lightvllm, m) {
     m.def(
         "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens, "
         "Tensor query_start_loc, float scale) -> Tensor");
+    m.def("set_num_threads(int count) -> ()", &set_num_threads);
 }
 
 TORCH_LIBRARY_IMPL(lightvllm, CPU, m) {

@@ -115,8 +115,8 @@ struct Problem {
     type* y;
     int64_t x_stride, T, N, K;
 
-    // Outputs [t0, t1) x [n0, n1), the rows of x in tiles of nearly equal height.
-    void run(int64_t t0, int64_t t1, int64_t n0, int64_t n1, bool few) const {
+    // Outputs [t, t + c) x [n, n + 4), or as far as n_end; asks for `ahead_rows` rows of weights from `ahead` on.
+    void one(int64_t t, int c, int64_t n, int64_t n_end, int64_t ahead, int ahead_rows) const {
         static constexpr Tile<S> tiles[] = {
             nullptr,
             tile<S, 1>,
@@ -128,41 +128,66 @@ struct Problem {
             tile<S, 6>,
 #endif
         };
-        int64_t count = (t1 - t0 + TILE_T - 1) / TILE_T;
-        int64_t height = (t1 - t0) / count, taller = (t1 - t0) % count;
-        int share = count == 1 ? 4 : count <= 3 ? 2 : 1;
-        int sharers = few ? 4 / share : 0;
+        const int rows = static_cast<int>(std::min<int64_t>(TILE_N, n_end - n));
+        const type* four[TILE_N];
+        for (int j = 0; j < TILE_N; j++) four[j] = w + (n + std::min(j, rows - 1)) * K;
+        f32x16 b = {};  // the four biases, once for each of four rows of x
+        if (bias) {
+            const f32x16 four_biases = load_first<S>(bias + n, rows);
+            for (int j = 0; j < LANES; j++) b[j] = four_biases[j % TILE_N];
+        }
+        tiles[c](x + t * x_stride, x_stride, four, b, y + t * N + n, N, K, rows, w + ahead * K, ahead_rows);
+    }
+
+    // The rows of x, from t0 to t1, in tiles of nearly equal height: f(first row, height, number of the tile).
+    template <typename F>
+    static void for_tiles(int64_t t0, int64_t t1, const F& f) {
+        const int64_t count = (t1 - t0 + TILE_T - 1) / TILE_T;
+        const int64_t height = (t1 - t0) / count, taller = (t1 - t0) % count;
         for (int64_t i = 0, t = t0; i < count; i++) {
-            int c = static_cast<int>(height + (i < taller));
-            for (int64_t n = n0; n < n1; n += TILE_N) {
-                int rows = static_cast<int>(std::min<int64_t>(TILE_N, n1 - n));
-                const type* four[TILE_N];
-                f32x16 b = {};  // the four biases, once for each of four rows
-                for (int j = 0; j < TILE_N; j++) four[j] = w + (n + std::min(j, rows - 1)) * K;
-                if (bias)
-                    for (int j = 0; j < LANES; j++) b[j] = j % TILE_N < rows ? load_first<S>(bias + n + j % TILE_N, 1)[0] : 0;
-                tiles[c](x + t * x_stride, x_stride, four, b, y + t * N + n, N, K, rows, w + (n1 + i * share) * K, i < sharers ? share : 0);
-            }
+            const int c = static_cast<int>(height + (i < taller));
+            f(t, c, i);
             t += c;
         }
+    }
+
+    // All rows of x, which stay near, with weights that stream by. The next four rows of weights are asked for while
+    // these four are worked on, a share by each tile; past the last row that does no harm.
+    void stream(int64_t n0, int64_t n1) const {
+        const int64_t count = (T + TILE_T - 1) / TILE_T;
+        const int share = count == 1 ? 4 : count <= 3 ? 2 : 1;
+        for (int64_t n = n0; n < n1; n += TILE_N)
+            for_tiles(0, T, [&](int64_t t, int c, int64_t i) {
+                one(t, c, n, n1, n + TILE_N + i * share, i * share < TILE_N ? share : 0);
+            });
+    }
+
+    // Weights that stay near, with rows of x that pass by.
+    void pass(int64_t t0, int64_t t1, int64_t n0, int64_t n1) const {
+        for_tiles(t0, t1, [&](int64_t t, int c, int64_t) {
+            for (int64_t n = n0; n < n1; n += TILE_N) one(t, c, n, n1, 0, 0);
+        });
     }
 };
 
 template <typename S>
 void run(const Problem<S>& p, int threads) {
-    // Few rows: x stays near, the weights stream by, and a piece is some of them. Many rows: a piece is a share of the
-    // weights that stays near while some of the rows pass by.
-    const int64_t row_bytes = p.K * static_cast<int64_t>(sizeof(typename S::type));
-    const bool few = p.T * row_bytes <= L2_SHARE / 2;
-    const int64_t bytes = few ? std::max(LEAST_PIECE, p.N * row_bytes / (32 * threads)) : L2_SHARE;
-    int64_t block_n = std::max<int64_t>(1, bytes / (TILE_N * row_bytes)) * TILE_N;
-    if (!few) block_n = std::min(block_n, (p.N / threads + TILE_N) / TILE_N * TILE_N);
-    const int64_t block_t = few ? p.T : 16 * TILE_T;
-    const int64_t blocks_n = (p.N + block_n - 1) / block_n, blocks_t = (p.T + block_t - 1) / block_t;
-    parallel(blocks_n * blocks_t, threads, [&](int64_t i) {
-        int64_t n = i / blocks_t * block_n, t = i % blocks_t * block_t;
-        p.run(t, std::min(t + block_t, p.T), n, std::min(n + block_n, p.N), few);
-    });
+    const int64_t row_bytes = p.K * static_cast<int64_t>(sizeof(typename S::type)), four = TILE_N * row_bytes;
+    if (p.T * row_bytes <= L2_SHARE / 2) {
+        const int64_t groups = std::max<int64_t>(1, std::max(LEAST_PIECE, p.N * row_bytes / (32 * threads)) / four);
+        const int64_t block_n = groups * TILE_N;
+        parallel((p.N + block_n - 1) / block_n, threads, [&](int64_t i) {
+            p.stream(i * block_n, std::min((i + 1) * block_n, p.N));
+        });
+    } else {
+        const int64_t groups = std::min(L2_SHARE / four, (p.N / threads + TILE_N) / TILE_N);
+        const int64_t block_n = std::max<int64_t>(1, groups) * TILE_N, block_t = 16 * TILE_T;
+        const int64_t blocks_n = (p.N + block_n - 1) / block_n, blocks_t = (p.T + block_t - 1) / block_t;
+        parallel(blocks_n * blocks_t, threads, [&](int64_t i) {
+            const int64_t n = i / blocks_t * block_n, t = i % blocks_t * block_t;
+            p.pass(t, std::min(t + block_t, p.T), n, std::min(n + block_n, p.N));
+        });
+    }
 }
 
 template <typename S>

@@ -26,8 +26,15 @@ inline void pause() {
 #endif
 }
 
+struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+};
+
 class Team {
   public:
+    static constexpr int MOST = 256;  // threads
+
     void run(int64_t pieces, int threads, Piece piece, const void* context) {
         std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
         if (!lock) {
@@ -37,13 +44,15 @@ class Team {
         hire(threads - 1);
         piece_ = piece;
         context_ = context;
-        pieces_ = pieces;
-        wanted_ = threads - 1;
-        next_.store(0);
+        crew_ = threads;
+        for (int64_t i = 0; i < threads; i++) {
+            shares_[i].next.store(pieces * i / threads, std::memory_order_relaxed);
+            shares_[i].end = pieces * (i + 1) / threads;
+        }
         open_.store(true);
         call_.fetch_add(1);
         call_.notify_all();
-        work();
+        work(0);
         // From here on nobody enters; those inside each finish the piece that they are at.
         open_.store(false);
         for (int i = 0; inside_.load() != 0; i++) {
@@ -55,13 +64,17 @@ class Team {
     }
 
   private:
-    void work() {
-        for (int64_t i; (i = next_.fetch_add(1)) < pieces_;) piece_(context_, i);
+    // Each has a share of pieces that lie side by side, and helps the others when it is done with its own.
+    void work(int number) {
+        for (int k = 0; k < crew_; k++) {
+            Share& share = shares_[(number + k) % crew_];
+            for (int64_t i; (i = share.next.fetch_add(1)) < share.end;) piece_(context_, i);
+        }
     }
 
     void hire(int count) {
         try {
-            for (; helpers_ < count; helpers_++) std::thread(&Team::help, this, helpers_, call_.load()).detach();
+            for (; helpers_ < count; helpers_++) std::thread(&Team::help, this, helpers_ + 1, call_.load()).detach();
         } catch (const std::system_error&) {
             // No more threads to be had: those that there are do the work.
         }
@@ -80,7 +93,7 @@ class Team {
             seen = call_.load();
             inside_.fetch_add(1);
             // Open, and counted as inside: the caller waits, so what it has published stays valid.
-            if (open_.load() && number < wanted_) work();
+            if (open_.load() && number < crew_) work(number);
             inside_.fetch_sub(1);
         }
     }
@@ -89,11 +102,10 @@ class Team {
     int helpers_ = 0;
     Piece piece_ = nullptr;
     const void* context_ = nullptr;
-    int64_t pieces_ = 0;
-    int wanted_ = 0;
+    int crew_ = 0;  // the caller, number 0, and helpers from 1 on
+    Share shares_[MOST];
     alignas(64) std::atomic<uint32_t> call_{0};  // counts the jobs; helpers sleep on it
     std::atomic<bool> open_{false};
-    alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int> inside_{0};
 };
 
@@ -109,7 +121,7 @@ void run_pieces(int64_t pieces, int threads, Piece piece, const void* context) {
         return true;
     }();
     (void)once;
-    team.load()->run(pieces, static_cast<int>(std::min<int64_t>(threads, pieces)), piece, context);
+    team.load()->run(pieces, static_cast<int>(std::min<int64_t>({threads, pieces, Team::MOST})), piece, context);
 }
 
 }  // namespace lightvllm
