@@ -102,8 +102,7 @@ inline void store_first(typename E::type* p, f32x16 v, int n) {
     std::memcpy(p, padded, n * sizeof(padded[0]));
 }
 
-// Calls f(offset, count) for each group of up to sixteen elements of n; count is LANES for all but the last.
-// E's loads and stores of a group go through these two, so that the full groups stay free of copies.
+// A group of `count` elements, LANES for all but a row's last: the full groups stay free of copies.
 template <typename E>
 inline f32x16 load_group(const typename E::type* p, int count) {
     return count == LANES ? E::load(p) : load_first<E>(p, count);
