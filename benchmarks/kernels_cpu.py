@@ -25,6 +25,7 @@ from lightvllm import kernels
 from lightvllm.kernels import reference
 
 COLD = 256 << 20
+BURST = 0.01
 SETTLE = 0.01
 """Seconds between contenders: torch's threads go on spinning for milliseconds, on the cores that are measured next."""
 
@@ -158,19 +159,26 @@ def cases(args: argparse.Namespace, dtype: torch.dtype, rows: int) -> list[Case]
 
 
 def measure(case: Case, rounds: int) -> tuple[float, float]:
-    """Median seconds of one call of ours and of torch's. A round calls one contender on several copies in a row."""
+    """Median seconds of one call of ours and of torch's. A round calls one contender for some ``BURST`` seconds on
+    one copy after another, after a call that wakes the threads and is not counted."""
+    contenders = (case.ours, case.torchs)
     times: tuple[list[float], list[float]] = ([], [])
-    burst = min(case.copies, 8)
     at = 0
-    for round_number in range(rounds + 1):
-        for call, into in zip((case.ours, case.torchs), times, strict=True):
+
+    def timed(call: Callable[[int], object], count: int) -> float:
+        nonlocal at
+        began = time.perf_counter()
+        for _ in range(count):
+            call(at % case.copies)
+            at += 1
+        return (time.perf_counter() - began) / count
+
+    counts = [max(1, min(64, int(BURST / min(timed(call, 1) for _ in range(3))))) for call in contenders]
+    for _ in range(rounds):
+        for call, count, into in zip(contenders, counts, times, strict=True):
             time.sleep(SETTLE)
-            began = time.perf_counter()
-            for _ in range(burst):
-                call(at % case.copies)
-                at += 1
-            if round_number:  # the first is a warm-up
-                into.append((time.perf_counter() - began) / burst)
+            timed(call, 1)
+            into.append(timed(call, count))
     return statistics.median(times[0]), statistics.median(times[1])
 
 
