@@ -115,6 +115,35 @@ def test_closing_it_here_is_not_a_break(serve: Any, connect: Any) -> None:
         session.call("echo", b"").result(LIMIT)
 
 
+def test_one_that_was_aborted_opens_no_more(serve: Any) -> None:
+    address = serve()
+    session = WorkerSession(address, address, TOKEN, None, max_message_bytes=1 << 20, on_break=lambda _: None)
+    session.abort()
+    with pytest.raises(Shutdown):
+        session.open(time.monotonic() + LIMIT, lambda _: None)
+    with pytest.raises(Shutdown):
+        session.init_worker(WORKER, {}, LIMIT)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.0005, 0.001, 0.002, 0.004])
+def test_an_abort_at_any_moment_ends_the_opening(serve: Any, seconds: float) -> None:
+
+    def use(session: WorkerSession, aborting: threading.Thread) -> None:
+        session.open(time.monotonic() + LIMIT, lambda _: None)
+        session.init_worker(WORKER, {}, LIMIT)
+        aborting.join(LIMIT)
+        session.call("echo", b"").result(LIMIT)
+
+    address = serve()
+    for _ in range(20):
+        session = WorkerSession(address, address, TOKEN, None, max_message_bytes=1 << 20, on_break=lambda _: None)
+        timer = threading.Timer(seconds, session.abort)
+        timer.start()
+        with pytest.raises(Shutdown):
+            use(session, timer)
+        timer.join(LIMIT)
+
+
 def test_the_first_reason_for_the_end_counts(serve: Any, connect: Any) -> None:
     session, _ = connect(serve())
     session.fail(WorkerDied("it", "killed"))

@@ -52,6 +52,10 @@ class WorkerSession:
         that has not been closed here."""
         self._who = who
         self._channel = wire.open_channel(target, tls, max_message_bytes)
+        # Made here, while nobody can close the channel: grpc crashes when a method is registered on a closed one.
+        self._check_health = health_pb2_grpc.HealthStub(self._channel).Check
+        self._call_init_worker = wire.init_worker_stub(self._channel)
+        self._open_session = wire.session_stub(self._channel)
         self._metadata = (*token.metadata(), (wire.DRIVER_KEY, uuid.uuid4().hex))
         self._limit = max_message_bytes
         self._on_break = on_break
@@ -94,7 +98,7 @@ class WorkerSession:
         request = pb.InitWorkerRequest(worker_class=worker_class, env=env)
         with self._lock:
             self._raise_if_over()
-            self._init = wire.init_worker_stub(self._channel).future(request, timeout=timeout, metadata=self._metadata)
+            self._init = self._call_init_worker.future(request, timeout=timeout, metadata=self._metadata)
         try:
             reply: pb.InitWorkerReply = self._init.result()
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
@@ -103,12 +107,12 @@ class WorkerSession:
         return reply
 
     def _wait_serving(self, deadline: float, say: Callable[[str], None]) -> None:
-        stub, pause = health_pb2_grpc.HealthStub(self._channel), _BACK_OFF_SECONDS[0]
+        pause = _BACK_OFF_SECONDS[0]
         request = health_pb2.HealthCheckRequest(service=wire.SERVICE)
         while True:
             remaining = deadline - time.monotonic()
             try:
-                status = stub.Check(request, timeout=max(0.05, min(_PROBE_SECONDS, remaining))).status
+                status = self._check_health(request, timeout=max(0.05, min(_PROBE_SECONDS, remaining))).status
                 if status == health_pb2.HealthCheckResponse.SERVING:
                     return
                 why = "is not serving"
@@ -130,7 +134,7 @@ class WorkerSession:
         with self._lock:
             self._raise_if_over()
             frames: queue.SimpleQueue[Any] = queue.SimpleQueue()
-            stream = wire.session_stub(self._channel)(iter(frames.get, None), metadata=self._metadata)
+            stream = self._open_session(iter(frames.get, None), metadata=self._metadata)
             self._frames, self._stream = frames, stream
         if wire.ACCEPTED in stream.initial_metadata():  # comes when the worker has decided, or the stream has ended
             return None
