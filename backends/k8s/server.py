@@ -42,6 +42,7 @@ from lightvllm.version import __version__
 
 _THREADS = 8  # one is the session's; the others answer health checks and refuse
 _EXIT_SECONDS = 2.0  # that a polite end may take
+_binding = threading.Lock()  # no socket is made while, or after, it is being removed for good
 
 
 def main() -> NoReturn:
@@ -76,8 +77,9 @@ def main() -> NoReturn:
 def _exit_at_end_of(hangup: Any, listen: str) -> None:
     while hangup.read(1):
         pass
-    _forget_socket(listen)
-    os._exit(0)
+    with _binding:
+        _forget_socket(listen)
+        os._exit(0)
 
 
 def _forget_socket(listen: str) -> None:
@@ -92,7 +94,8 @@ def _forget_socket(listen: str) -> None:
 def _serve(bootstrap: Bootstrap, status_fd: int) -> Host:
     """The server, listening; the parent is told where, or why not."""
     try:
-        host = Host(bootstrap)
+        with _binding:
+            host = Host(bootstrap)
         status = Status(address=host.address)
     except RuntimeError:  # all that grpc says of any failure to bind
         status = Status(error=f"cannot listen on {bootstrap.listen}: is the address in use?")
