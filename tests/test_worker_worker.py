@@ -176,9 +176,7 @@ def test_calls_out_of_order_say_what_comes_first(folder: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_cuda_device_that_is_not_there_is_refused(folder: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"device='cuda' needs CUDA device number 0 .* but the worker sees 0; use"
-    ):
+    with pytest.raises(ConfigError, match=r"device='cuda' needs CUDA device number 0 .* but the worker sees 0; use"):
         Driver(LocalWorker(), config(folder, device=DeviceConfig(device="cuda")))
 
 

@@ -22,7 +22,7 @@ class VocabParallelEmbedding:
         rows = -(-vocab_size // parallel.tp_size)
         self.start = min(vocab_size, parallel.tp_rank * rows)
         self.rows = min(rows, vocab_size - self.start)
-        self.weight = torch.empty(rows, hidden_size, dtype=dtype, device=parallel.device)
+        self.weight = parallel.memory.empty(rows, hidden_size, dtype=dtype)
         self.weight[self.rows :].zero_()
 
     def __call__(self, input_ids: Tensor) -> Tensor:

@@ -47,16 +47,16 @@ class MergedColumnParallelLinear:
             [ColumnPart(name, rows, rank * (rows // tp), rows // tp) for name, rows in outputs],
             bias,
             dtype,
-            parallel.device,
+            parallel,
         )
 
     def _allocate(
-        self, input_size: int, parts: list[ColumnPart], bias: bool, dtype: torch.dtype, device: torch.device
+        self, input_size: int, parts: list[ColumnPart], bias: bool, dtype: torch.dtype, parallel: ParallelContext
     ) -> None:
         rows = sum(part.local for part in parts)
         self.parts = parts
-        self.weight = torch.empty(rows, input_size, dtype=dtype, device=device)
-        self.bias = torch.empty(rows, dtype=dtype, device=device) if bias else None
+        self.weight = parallel.memory.empty(rows, input_size, dtype=dtype)
+        self.bias = parallel.memory.empty(rows, dtype=dtype) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
@@ -107,7 +107,7 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         parts += [
             ColumnPart(name, num_kv_heads * head_dim, first_kv_head * head_dim, kv) for name in ("k_proj", "v_proj")
         ]
-        self._allocate(hidden_size, parts, bias, dtype, parallel.device)
+        self._allocate(hidden_size, parts, bias, dtype, parallel)
 
 
 class RowParallelLinear:
@@ -118,10 +118,10 @@ class RowParallelLinear:
     ) -> None:
         self.parallel = parallel
         self.shape = (output_size, input_size)
-        self.weight = torch.empty(output_size, input_size // parallel.tp_size, dtype=dtype, device=parallel.device)
+        self.weight = parallel.memory.empty(output_size, input_size // parallel.tp_size, dtype=dtype)
         # One rank adds the bias: the sum over the ranks must hold it once.
         holds_bias = bias and parallel.tp_rank == 0
-        self.bias = torch.empty(output_size, dtype=dtype, device=parallel.device) if holds_bias else None
+        self.bias = parallel.memory.empty(output_size, dtype=dtype) if holds_bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.parallel.all_reduce(kernels.linear(x, self.weight, self.bias))

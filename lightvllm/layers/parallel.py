@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lightvllm.errors import ConfigError, LightvllmError
+from lightvllm.layers.memory import Memory
 
 CONNECT_TIMEOUT = 120.0
 """Seconds to wait for the other workers of a group when it is formed."""
@@ -99,6 +100,9 @@ class ParallelContext:
 
     Collectives block; a peer that does not come within the group's time-out, or whose connection breaks, raises
     LightvllmError with gloo's or NCCL's reason.
+
+    Attributes:
+        memory: where the layers of this rank put their weights.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class ParallelContext:
         pp_group: _Group | None = None,
     ) -> None:
         self.device = device
+        self.memory = Memory(device)
         self.tp_size, self.pp_size = tp_size, pp_size
         self.pp_rank, self.tp_rank = divmod(rank, tp_size)
         self._tp_group, self._pp_group = tp_group, pp_group

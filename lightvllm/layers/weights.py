@@ -26,6 +26,5 @@ class WeightSlice:
 
 
 def parameter_bytes(weights: Iterable[WeightSlice]) -> int:
-    """Bytes of memory behind the slices, each storage counted once (fused and tied tensors share theirs)."""
-    storages = (w.target.untyped_storage() for w in weights)
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    """Bytes of memory that the slices fill, each counted once (a tied head's is the embedding's)."""
+    return sum({w.target.data_ptr(): w.target.nbytes for w in weights}.values())

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightvllm.config import EngineConfig
 from lightvllm.errors import ConfigError, LightvllmError
 from lightvllm.layers.attention import AttentionBackend, KVCache
+from lightvllm.layers.memory import Memory
 from lightvllm.layers.parallel import ParallelContext
 from lightvllm.layers.sampler import sample
 from lightvllm.layers.weights import parameter_bytes
@@ -62,9 +63,12 @@ class ModelRunner:
         shape = (num_blocks, self._block_size, self._model.num_kv_heads, self._model.head_dim)
         self._caches = []  # the old cache goes before the new one comes
 
+        memory = Memory(self._device)
+
         def zeros() -> Tensor:
             # Zeros, because a masked weight of 0 times a stray NaN would be NaN.
-            return torch.zeros(shape, dtype=self._dtype, device=self._device)
+            cache = memory.empty(*shape, dtype=self._dtype)
+            return cache if self._device.type == "cpu" else cache.zero_()
 
         self._caches = [(zeros(), zeros()) for _ in range(self._model.num_layers)]
         self._sequences = SequenceTable(self._block_size, num_blocks, self._config.model.max_model_len, self._device)
