@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench-engine          (all can be repeated; the second time is quick)
+# make demo · make test · make lint · make bench-engine · make bench-kernels      (a second time each is quick)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO_MODEL := smollm2-135m
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: demo test lint proto bench-engine clean
+.PHONY: model demo test lint proto bench-engine bench-kernels clean
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; give another with PYTHON=python3.x (3.11 to 3.13)" >&2; exit 1; }
@@ -21,8 +21,11 @@ $(VENV)/installed: pyproject.toml $(BIN)/python
 	$(PIP) install --quiet --editable ".[ray,k8s,parity,test]"
 	touch $@
 
-demo: $(VENV)/installed
+# The demo model, which tests marked "demo" need.
+model: $(VENV)/installed
 	$(BIN)/lightvllm models get $(DEMO_MODEL)
+
+demo: model
 	$(BIN)/lightvllm parity $(DEMO_MODEL) --executors uniproc,ray,k8s --layouts 1x1,1x2,3x1
 
 test: $(VENV)/installed lint
@@ -38,10 +41,13 @@ proto: $(VENV)/installed
 	$(BIN)/python proto/generate.py
 
 # Our engine, transformers and vLLM's CPU build on the same weights, interleaved.
-bench-engine: $(VENV)/installed
+bench-engine: model
 	$(BIN)/python benchmarks/install_vllm.py .venv-vllm
-	$(BIN)/lightvllm models get $(DEMO_MODEL)
 	$(BIN)/python benchmarks/engine.py $(DEMO_MODEL) --vllm-python .venv-vllm/bin/python
+
+# The compiled CPU kernels against torch's, interleaved.
+bench-kernels: $(VENV)/installed
+	$(BIN)/python benchmarks/kernels_cpu.py
 
 clean:
 	rm -rf $(VENV) .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

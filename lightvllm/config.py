@@ -244,13 +244,14 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True):
         threads: CPU threads per worker; 0 shares the cores of the machine out evenly. Results are compared bit for
             bit only between runs with equal thread counts.
         attention_backend: ``"naive"``, ``"sdpa"``, ``"paged"``, or ``"auto"``.
-        kernels: ``"auto"`` uses compiled kernels where they can be built; ``"reference"`` only torch's own operations.
+        kernels: ``"auto"`` uses compiled kernels where they can be built, ``"compiled"`` is an error where they
+            cannot, ``"reference"`` uses torch's own operations only.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     attention_backend: Literal["auto", "naive", "sdpa", "paged"] = "auto"
-    kernels: Literal["auto", "reference"] = "auto"
+    kernels: Literal["auto", "compiled", "reference"] = "auto"
     gpu_memory_utilization: float = 0.9
 
     def __post_init__(self) -> None:

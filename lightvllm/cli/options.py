@@ -23,7 +23,7 @@ Executor = StrEnum("Executor", ["uniproc", "ray", "k8s"])
 DType = StrEnum("DType", ["auto", "float32", "bfloat16", "float16"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 AttentionBackend = StrEnum("AttentionBackend", ["auto", "naive", "sdpa", "paged"])
-Kernels = StrEnum("Kernels", ["auto", "reference"])
+Kernels = StrEnum("Kernels", ["auto", "compiled", "reference"])
 
 _UNITS = {"": 1} | {
     prefix + suffix: base**power for power, prefix in enumerate("KMGT", 1) for suffix, base in (("", 1000), ("I", 1024))
@@ -84,7 +84,10 @@ class EngineOptions:
     ] = AttentionBackend.auto
     kernels: Annotated[
         Kernels,
-        typer.Option(help="Compiled kernels where there are any, or torch's alone.", rich_help_panel=_ENGINE),
+        typer.Option(
+            help="Compiled CPU kernels where they can be built, always (or an error), or torch's operations.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = Kernels.auto
     start_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds until every worker must answer.", rich_help_panel=_ENGINE)

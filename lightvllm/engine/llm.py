@@ -95,7 +95,7 @@ class LLM:
         device: Literal["auto", "cpu", "cuda"] = "auto",
         threads: int = 0,
         attention_backend: Literal["auto", "naive", "sdpa", "paged"] = "auto",
-        kernels: Literal["auto", "reference"] = "auto",
+        kernels: Literal["auto", "compiled", "reference"] = "auto",
         gpu_memory_utilization: float = 0.9,
         seed: int = 0,
         return_logits: bool = False,
