@@ -85,7 +85,7 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, and what local workers print.")] = False,
 ) -> None:
     """Options of the command itself; both have been acted upon when a sub-command starts."""
 
@@ -125,6 +125,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def run() -> NoReturn:
     """The console script."""
+    if "--debug" in sys.argv:
+        os.environ.setdefault("LIGHTVLLM_DEBUG", "1")  # read where local workers are started
     sys.exit(main(sys.argv[1:]))
 
 
