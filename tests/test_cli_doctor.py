@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from lightvllm import hub
+from lightvllm.cache import cache_dir
 from lightvllm.cli.doctor import require_executor
 from lightvllm.cli.main import main
 from lightvllm.errors import MissingExtra
@@ -21,7 +22,7 @@ def test_json(capsys):
     assert found["kernels"].split(":")[0] in ("compiled", "reference")
     assert found["attention_backends"] == ["naive", "sdpa", "paged"]
     assert found["cores"] >= 1
-    assert found["cache"] == str(hub.cache_dir())
+    assert found["cache"] == str(cache_dir())
     assert found["models"] == {name: hub.installed(name) for name in hub.KNOWN_MODELS}
 
 

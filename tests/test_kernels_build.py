@@ -96,7 +96,7 @@ def test_processes_that_want_it_at_once_compile_it_once(sources: Path) -> None:
 
 
 def test_a_lock_that_is_held_too_long_is_an_error(sources: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = build.cache_dir() / build._key(build._compiler()[1])
+    folder = build.library_dir() / build._key(build._compiler()[1])
     folder.mkdir(parents=True)
     with (folder / "lock").open("w") as held, caplog.at_level(logging.INFO):
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -118,7 +118,7 @@ def test_sources_that_do_not_compile(sources: Path) -> None:
     log = re.search(r"all it said is in (.*)", str(caught.value))
     assert log is not None
     assert "error" in Path(log[1]).read_text()
-    assert not list(build.cache_dir().rglob("*.so"))
+    assert not list(build.library_dir().rglob("*.so"))
 
 
 def test_a_compiler_that_does_not_end_is_ended(sources: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from lightvllm.cache import cache_dir
 from lightvllm.cli.terminal import status, stdout
 from lightvllm.errors import MissingExtra
 
@@ -66,7 +67,7 @@ def examine(progress: Any = lambda _: None) -> dict[str, Any]:
     }
     found |= _torch(progress)
     found["executors"] = {executor: _why_not(executor) or "can run" for executor in _NEEDS}
-    found["cache"] = str(hub.cache_dir())
+    found["cache"] = str(cache_dir())
     found["models"] = {name: hub.installed(name) for name in hub.KNOWN_MODELS}
     return found
 

@@ -5,6 +5,6 @@ Imports neither torch nor transformers; ``gguf``, ``tokenizers`` and ``huggingfa
 
 from lightvllm.hub.catalogue import KNOWN_MODELS, KnownModel
 from lightvllm.hub.locate import resolve
-from lightvllm.hub.store import cache_dir, get, installed, model_dir, remove
+from lightvllm.hub.store import get, installed, model_dir, remove
 
-__all__ = ["KNOWN_MODELS", "KnownModel", "cache_dir", "get", "installed", "model_dir", "remove", "resolve"]
+__all__ = ["KNOWN_MODELS", "KnownModel", "get", "installed", "model_dir", "remove", "resolve"]

