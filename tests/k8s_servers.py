@@ -10,32 +10,14 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
+from waiting import LIMIT, wait_until
 
-LIMIT = 60.0  # seconds that any wait of these tests may take
 WORKER = "contract_worker:ContractWorker"
 TESTS = str(Path(__file__).parent)
-
-
-def wait_until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
-    """The first true value of ``condition()``; fails the test after ``limit`` seconds."""
-    deadline = time.monotonic() + limit
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {limit:g} s: {what}"
-        time.sleep(0.01)
-    return value
-
-
-def gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def write_token(folder: Path) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from waiting import LIMIT, gone, wait_until
 
 from lightvllm.backends.base import Backend, Placement, WorkerRef
 from lightvllm.backends.inprocess import InProcessBackend
@@ -24,7 +25,6 @@ from lightvllm.errors import ConfigError, LightvllmError, PlacementError, Shutdo
 from lightvllm.messages import decode_reply, encode_call
 
 WORKER = "contract_worker:ContractWorker"
-LIMIT = 60.0  # seconds that any wait of these tests may take
 
 
 def make_inprocess() -> Backend:
@@ -70,20 +70,6 @@ def send(backend: Backend, worker: WorkerRef, method: str | Callable[..., Any], 
 def ask(backend: Backend, worker: WorkerRef, method: str | Callable[..., Any], *args: Any) -> Any:
     name = method if isinstance(method, str) else "<callable>"
     return decode_reply(name, send(backend, worker, method, *args).result(LIMIT))
-
-
-def wait_until(condition: Callable[[], bool], what: str, limit: float = LIMIT) -> None:
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {limit:g} s: {what}"
-        time.sleep(0.01)
-
-
-def gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import pytest
 
 pytest.importorskip("grpc", reason="the k8s extra is not installed")
 
-from k8s_servers import LIMIT, TESTS, gone, script, wait_until
+from k8s_servers import TESTS, script
+from waiting import LIMIT, gone, wait_until
 
 from lightvllm.backends.k8s.process import WorkerProcess
 from lightvllm.backends.k8s.security import Token

@@ -15,7 +15,8 @@ pytest.importorskip("grpc", reason="the k8s extra is not installed")
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from k8s_servers import LIMIT, TESTS, WORKER, wait_until
+from k8s_servers import TESTS, WORKER
+from waiting import LIMIT, wait_until
 
 from lightvllm.backends.k8s import wire
 from lightvllm.backends.k8s.process import WorkerProcess

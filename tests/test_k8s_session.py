@@ -17,7 +17,8 @@ pytest.importorskip("grpc", reason="the k8s extra is not installed")
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from k8s_servers import LIMIT, WORKER, write_token
+from k8s_servers import WORKER, write_token
+from waiting import LIMIT
 
 from lightvllm.backends.base import Placement
 from lightvllm.backends.k8s import wire

@@ -15,7 +15,8 @@ import pytest
 
 pytest.importorskip("grpc", reason="the k8s extra is not installed")
 
-from k8s_servers import LIMIT, WORKER, WorkerCommand, gone, script, wait_until, worker_command, write_token
+from k8s_servers import WORKER, WorkerCommand, script, worker_command, write_token
+from waiting import LIMIT, gone, wait_until
 
 from lightvllm.backends.base import Placement, WorkerRef
 from lightvllm.backends.k8s.backend import KubernetesBackend

@@ -15,7 +15,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from k8s_servers import LIMIT, WORKER, worker_command, write_token
+from k8s_servers import WORKER, worker_command, write_token
+from waiting import LIMIT
 
 from lightvllm.backends.base import Placement
 from lightvllm.backends.k8s.backend import KubernetesBackend

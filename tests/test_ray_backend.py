@@ -14,12 +14,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 pytest.importorskip("ray", reason="the ray extra is not installed")
 
 import ray
+from waiting import LIMIT, gone, wait_until
 
 from lightvllm.backends.base import Placement, WorkerRef
 from lightvllm.backends.ray import cluster
@@ -28,7 +28,6 @@ from lightvllm.errors import ConfigError, LightvllmError, PlacementError, Shutdo
 from lightvllm.messages import decode_reply, encode_call
 
 pytestmark = pytest.mark.ray
-LIMIT = 60.0
 WORKER = "contract_worker:ContractWorker"
 
 
@@ -72,20 +71,6 @@ def place(backend: RayBackend, on_failure: Any = None, **placement: Any) -> list
 def ask(backend: RayBackend, worker: WorkerRef, method: Any, *args: Any) -> Any:
     name, payload = encode_call(method, args, None)
     return decode_reply(name, backend.call(worker, name, payload).result(LIMIT))
-
-
-def wait_until(condition: Callable[[], object], what: str, limit: float = LIMIT) -> None:
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {limit:g} s: {what}"
-        time.sleep(0.01)
-
-
-def gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 class TestPlacement:

@@ -18,20 +18,14 @@ import pytest
 
 pytest.importorskip("ray", reason="the ray extra is not installed")
 
+from waiting import LIMIT, wait_until
+
 from lightvllm.backends.base import Placement
 from lightvllm.backends.ray import cluster, head
 from lightvllm.backends.ray.backend import RayBackend
 from lightvllm.errors import ConfigError, MissingExtra, PlacementError, Shutdown
 
-LIMIT = 60.0
 WORKER = "contract_worker:ContractWorker"
-
-
-def wait_until(condition: Callable[[], object], what: str, limit: float = LIMIT) -> None:
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {limit:g} s: {what}"
-        time.sleep(0.01)
 
 
 class Driver:
