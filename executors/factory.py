@@ -63,23 +63,12 @@ class EngineExecutor(DistributedExecutor):
         self.initialize_from_config(self.num_kv_blocks)
 
     def _num_kv_blocks(self, config: EngineConfig) -> int:
-        """Blocks that every rank has room for; ConfigError if they cannot hold one sequence of the longest length."""
-        cache, model = config.cache, config.model
-        if cache.num_blocks is not None:
-            return cache.num_blocks
+        """Blocks that every rank has room for; the workers refuse a cache too small for one sequence of full length."""
+        if config.cache.num_blocks is not None:
+            return config.cache.num_blocks
         specs: list[CacheSpec] = self.get_kv_cache_specs()
         memory = self.determine_available_memory()
-        num_blocks = min(available // spec.bytes_per_block for available, spec in zip(memory, specs, strict=True))
-        tokens = num_blocks * cache.block_size
-        if tokens < model.max_model_len:
-            per_token = max(spec.bytes_per_block for spec in specs) / cache.block_size
-            needed = per_token * model.max_model_len / 2**30
-            raise ConfigError(
-                f"the KV cache of {min(memory) / 2**30:.2f} GiB per worker holds {tokens} tokens, less than "
-                f"max_model_len={model.max_model_len}; lower max_model_len to {tokens} or less, or give "
-                f"kv_cache_memory={needed:.2f}GiB"
-            )
-        return num_blocks
+        return min(available // spec.bytes_per_block for available, spec in zip(memory, specs, strict=True))
 
 
 def make_executor(executor: ExecutorConfig, engine: EngineConfig, progress: Progress | None = None) -> EngineExecutor:

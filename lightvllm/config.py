@@ -21,7 +21,6 @@ DType = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
-GENERATED_WEIGHTS = "dummy"
 
 
 class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):

