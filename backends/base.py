@@ -13,7 +13,9 @@ of the construction. The contract, held by one test suite on every backend (``te
   and leaves no process, actor, placement group, socket or shared memory behind.
 * No exception of ray, grpc or kubernetes crosses this border.
 
-Compiled graphs (``compile``) are not part of it yet; see docs/architecture.md.
+* ``wait`` waits for a future of this backend; where a caller waits, its thread may do the backend's own reading.
+* ``compile`` installs a static graph of calls at the workers. A graph's calls and plain ones share each worker's one
+  order. See ``Graph``; its contract is ``tests/test_graph_contract.py``.
 """
 
 from __future__ import annotations
@@ -72,6 +74,69 @@ class WorkerRef(msgspec.Struct, frozen=True):
     pid: int = 0
 
 
+TensorTransport = Literal["auto", "grpc", "nccl", "gloo", "shared"]
+"""How a node's result travels to nodes on other workers: ``auto`` is the backend's own choice."""
+
+
+class GraphInput(msgspec.Struct, frozen=True, tag="input"):
+    """What ``execute`` is given: all of it (``key`` None), a positional argument or a keyword argument."""
+
+    key: int | str | None = None
+
+
+class GraphResult(msgspec.Struct, frozen=True, tag="result"):
+    """The result of an earlier node, by its position in ``Graph.nodes``."""
+
+    node: int
+
+
+class GraphConstant(msgspec.Struct, frozen=True, tag="constant"):
+    """A value known when the graph is compiled (``messages.encode_value``)."""
+
+    payload: bytes
+
+
+GraphArgument = GraphInput | GraphResult | GraphConstant
+
+
+class GraphNode(msgspec.Struct, frozen=True):
+    """One method call on one worker (``WorkerRef.id``), and how its result travels to other workers."""
+
+    worker: str
+    method: str
+    args: tuple[GraphArgument, ...] = ()
+    kwargs: Mapping[str, GraphArgument] = {}
+    transport: TensorTransport = "auto"
+
+
+class Graph(msgspec.Struct, frozen=True):
+    """A static graph of calls.
+
+    Attributes:
+        nodes: in an order in which each uses only earlier ones; a worker runs its own in this order.
+        outputs: nodes whose results ``execute`` gives back.
+    """
+
+    nodes: tuple[GraphNode, ...]
+    outputs: tuple[int, ...]
+
+
+class BackendGraph(Protocol):
+    """A graph that its workers know. Times and bounds are the caller's business (``executors/graph.py``)."""
+
+    def execute(self, inputs: Mapping[int | str | None, bytes]) -> Future[list[Buffer]]:
+        """Run once: one encoded value or failure (``messages.decode_value``) for each of ``Graph.outputs``.
+
+        ``inputs``: an encoded value for every key of the graph's GraphInputs. Returns at once; executions run in
+        the order of the calls and may overlap at different workers. A method that raises makes its node's result a
+        failure, which spreads to what uses it and leaves the graph usable. The future itself fails only as those of
+        ``Backend.call`` do.
+        """
+
+    def teardown(self) -> None:
+        """Let the workers forget the graph, after what is in flight; the workers stay usable. Idempotent."""
+
+
 OnFailure = Callable[[WorkerRef, WorkerDied], None]
 Progress = Callable[[str], None]
 """Told, in a few words, what is being waited for: "workers 1/2 ready"."""
@@ -91,6 +156,15 @@ class Backend(Protocol):
 
     def call(self, worker: WorkerRef, method: str, payload: Buffer) -> Future[Buffer]:
         """Have ``worker`` run ``messages.invoke(method, payload)``; the future gives its reply."""
+
+    def wait(self, future: Future[Any], timeout: float) -> None:
+        """Return when ``future``, which depends on calls of this backend, is done, or after ``timeout`` seconds."""
+
+    def compile(self, graph: Graph, timeout: float) -> BackendGraph:
+        """Have the workers learn ``graph`` within ``timeout`` seconds.
+
+        Raises ConfigError for what this backend cannot do (a transport), WorkerDied, RpcTimeout, Shutdown.
+        """
 
     def shutdown(self, timeout: float = 5.0) -> None:
         """End every worker, with force where it does not end by itself within ``timeout`` seconds."""

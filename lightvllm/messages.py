@@ -218,6 +218,16 @@ def invoke(worker: object, method: str, payload: Buffer) -> bytes:
         return encode_failure(error)
 
 
+def encode_value(value: Any) -> bytes:
+    """A value for a compiled graph, pickled; see the module's docstring for what that demands."""
+    return _PICKLED + bytes(cloudpickle.dumps(value))
+
+
+def decode_value(payload: Buffer, node: str = "a node of the graph") -> Any:
+    """What ``encode_value`` encoded; raises as ``decode_reply`` does for what ``encode_failure`` encoded."""
+    return decode_reply(node, payload)
+
+
 def encode_failure(error: BaseException) -> bytes:
     text = "".join(traceback.format_exception(error))
     return _FAILED + _encoder.encode(
