@@ -115,10 +115,18 @@ class Graph(msgspec.Struct, frozen=True):
     Attributes:
         nodes: in an order in which each uses only earlier ones; a worker runs its own in this order.
         outputs: nodes whose results ``execute`` gives back.
+        max_inflight_executions: bound of the executions that are not done, which the caller keeps.
+        buffer_size_bytes: initial size of a channel's buffers; None for the backend's own choice. A backend whose
+            channels have no buffers of fixed size refuses anything else with ConfigError.
+        overlap_gpu_communication: overlap sending and receiving with computing. A backend that has no such choice
+            refuses True with ConfigError.
     """
 
     nodes: tuple[GraphNode, ...]
     outputs: tuple[int, ...]
+    max_inflight_executions: int = 10
+    buffer_size_bytes: int | None = None
+    overlap_gpu_communication: bool = False
 
 
 class BackendGraph(Protocol):
@@ -129,12 +137,18 @@ class BackendGraph(Protocol):
 
         ``inputs``: an encoded value for every key of the graph's GraphInputs. Returns at once; executions run in
         the order of the calls and may overlap at different workers. A method that raises makes its node's result a
-        failure, which spreads to what uses it and leaves the graph usable. The future itself fails only as those of
-        ``Backend.call`` do.
+        failure, which spreads to what uses it and leaves the graph usable (``backends/program.py``). The future itself
+        fails only as those of ``Backend.call`` do: with WorkerDied if any of the graph's workers is dead or dies.
+        It gets done whether anybody waits for it or not.
         """
 
-    def teardown(self) -> None:
-        """Let the workers forget the graph, after what is in flight; the workers stay usable. Idempotent."""
+    def teardown(self, timeout: float) -> None:
+        """Let the workers forget the graph, after what is in flight; the workers stay usable. Idempotent.
+
+        What is in flight comes to its end and its futures get done; nothing may be executed from the call on. Raises
+        RpcTimeout if that takes longer than ``timeout`` seconds, whereupon it may be called again. Does nothing for a
+        graph that a death or ``shutdown`` has ended.
+        """
 
 
 OnFailure = Callable[[WorkerRef, WorkerDied], None]

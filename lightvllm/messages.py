@@ -17,7 +17,7 @@ import functools
 import pickle
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import cloudpickle
 import msgspec
@@ -166,12 +166,16 @@ _TYPED, _PICKLED, _FAILED = b"t", b"p", b"f"
 
 
 class RemoteFailure(msgspec.Struct, frozen=True):
-    """An exception, as text: its class, its message, its traceback, and whether its text is meant for users."""
+    """An exception, as text: its class, its message, its traceback, and whether its text is meant for users.
+
+    ``node``: in a compiled graph, the node that raised it (its position in ``Graph.nodes``).
+    """
 
     kind: str
     message: str
     traceback: str
     is_config_error: bool = False
+    node: int | None = None
 
 
 @functools.cache
@@ -223,16 +227,36 @@ def encode_value(value: Any) -> bytes:
     return _PICKLED + bytes(cloudpickle.dumps(value))
 
 
-def decode_value(payload: Buffer, node: str = "a node of the graph") -> Any:
-    """What ``encode_value`` encoded; raises as ``decode_reply`` does for what ``encode_failure`` encoded."""
-    return decode_reply(node, payload)
+def decode_value(payload: Buffer, origin: Callable[[int | None], tuple[int | None, str]] | None = None) -> Any:
+    """What ``encode_value`` encoded. Raises as ``decode_reply`` does for what ``encode_failure`` encoded; ``origin``
+    tells the rank and the method of the node that failed."""
+    if is_failure(payload):
+        _raise_failure(payload, *(origin(_failure(payload).node) if origin else (None, "a node of the graph")))
+    return decode_reply("a node of the graph", payload)
 
 
-def encode_failure(error: BaseException) -> bytes:
+def is_failure(payload: Buffer) -> bool:
+    """Whether it is what ``encode_failure`` encoded."""
+    return bytes(payload[:1]) == _FAILED
+
+
+def encode_failure(error: BaseException, node: int | None = None) -> bytes:
     text = "".join(traceback.format_exception(error))
     return _FAILED + _encoder.encode(
-        RemoteFailure(type(error).__name__, str(error), text, isinstance(error, ConfigError))
+        RemoteFailure(type(error).__name__, str(error), text, isinstance(error, ConfigError), node)
     )
+
+
+def _failure(payload: Buffer) -> RemoteFailure:
+    failure: RemoteFailure = _decoder(RemoteFailure).decode(memoryview(payload)[1:])
+    return failure
+
+
+def _raise_failure(payload: Buffer, rank: int | None, method: str) -> NoReturn:
+    failure = _failure(payload)
+    if failure.is_config_error:
+        raise ConfigError(failure.message)
+    raise WorkerError(rank, method, failure.kind, failure.message, failure.traceback)
 
 
 def decode_reply(method: str, reply: Buffer, rank: int | None = None) -> Any:
@@ -243,8 +267,5 @@ def decode_reply(method: str, reply: Buffer, rank: int | None = None) -> Any:
     if tag == _PICKLED:
         return pickle.loads(body)  # noqa: S301  from a worker that this driver started or authenticated
     if tag == _FAILED:
-        failure = _decoder(RemoteFailure).decode(body)
-        if failure.is_config_error:
-            raise ConfigError(failure.message)
-        raise WorkerError(rank, method, failure.kind, failure.message, failure.traceback)
+        _raise_failure(reply, rank, method)
     raise LightvllmError(f"unknown reply tag {tag!r} from rank {rank}; do driver and worker run the same lightvllm?")
