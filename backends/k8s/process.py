@@ -43,6 +43,7 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
         listen: ``"unix:/path"`` or ``"host:port"``; port 0 takes a free one.
         sys_path: the parent's ``sys.path``; what the child lacks is added behind its own, so that it can import the
             worker class that the parent named.
+        reflection: answer server reflection, see ``reflection.py``.
     """
 
     listen: str
@@ -50,6 +51,7 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     max_message_bytes: int
     tls: Tls | None = None
     sys_path: list[str] = []
+    reflection: bool = False
 
     def __repr__(self) -> str:
         return f"Bootstrap(listen={self.listen!r}, token hidden)"
@@ -76,6 +78,7 @@ class WorkerProcess:
         *,
         max_message_bytes: int,
         tls: Tls | None = None,
+        reflection: bool = False,
         env: Mapping[str, str],
         capture: bool = True,
         on_exit: Callable[[], None] = lambda: None,
@@ -92,6 +95,7 @@ class WorkerProcess:
             max_message_bytes=max_message_bytes,
             tls=tls,
             sys_path=[entry or os.getcwd() for entry in sys.path],
+            reflection=reflection,
         )
         try:
             self._process = subprocess.Popen(

@@ -23,6 +23,12 @@ def worker(
     max_message_mib: Annotated[
         int, typer.Option(min=1, help="Largest payload of a call or reply, MiB.")
     ] = MAX_MESSAGE_BYTES // 2**20,
+    reflection: Annotated[
+        bool,
+        typer.Option(
+            "--reflection", help="Tell those who show the token what the protocol is, for tools like grpcurl."
+        ),
+    ] = False,
 ) -> None:
     """Serve one driver after another, each with a fresh worker process, until Ctrl-C or SIGTERM.
 
@@ -32,4 +38,4 @@ def worker(
     from lightvllm.backends.k8s.supervisor import supervise
 
     tls = Tls.from_options(*(None if path is None else str(path) for path in (tls_cert, tls_key, tls_ca)))
-    supervise(listen, Token.read(token_file), tls, max_message_mib * 2**20, typer.echo)
+    supervise(listen, Token.read(token_file), tls, max_message_mib * 2**20, typer.echo, reflection=reflection)
