@@ -40,7 +40,7 @@ sys.exit(status)
 
 def test_every_command_is_there():
     shown = lightvllm("--help").stdout
-    for command in ("generate", "parity", "doctor", "models", "worker", "kernels"):
+    for command in ("generate", "parity", "doctor", "models", "worker", "certs", "kernels"):
         assert f" {command} " in shown
 
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from lightvllm.cli import doctor, generate, kernels, models, parity, worker
+from lightvllm.cli import certs, doctor, generate, kernels, models, parity, worker
 from lightvllm.errors import LightvllmError, WorkerError
 from lightvllm.version import __version__
 
@@ -69,6 +69,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("parity")(parity.parity)
 app.command("worker")(worker.worker)
+app.command("certs")(certs.certs)
 app.command("doctor")(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(kernels.app, name="kernels")
