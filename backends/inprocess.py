@@ -7,58 +7,76 @@ the (daemon) thread to end with it.
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import queue
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
 
-from lightvllm.backends.base import OnFailure, Placement, Progress, WorkerRef, load_worker_class
-from lightvllm.errors import ConfigError, PlacementError, Shutdown, WorkerDied
+from lightvllm.backends.base import (
+    BackendGraph,
+    Graph,
+    GraphInput,
+    OnFailure,
+    Placement,
+    Progress,
+    WorkerRef,
+    load_worker_class,
+)
+from lightvllm.backends.program import Source, Step, dump, load, steps
+from lightvllm.errors import ConfigError, PlacementError, RpcTimeout, Shutdown, WorkerDied
 from lightvllm.messages import Buffer, invoke
+
+T = TypeVar("T")
+_End = WorkerDied | Shutdown
+
+
+class _Task(NamedTuple):
+    """Something that a worker is to do: ``run(worker)``, or ``fail(why)`` if the worker's end comes first."""
+
+    run: Callable[[object], None]
+    fail: Callable[[_End], None]
 
 
 class _Worker:
-    """A worker's thread, which makes the object and then runs its calls one by one."""
+    """A worker's thread, which makes the object and then does its tasks one by one."""
 
     def __init__(self, ref: WorkerRef, worker_class: str, on_death: OnFailure) -> None:
         self.ref = ref
         self.ready: Future[None] = Future()
-        self.death: WorkerDied | Shutdown | None = None
+        self.death: _End | None = None
         self._worker_class = worker_class
         self._on_death = on_death
-        self._calls: queue.SimpleQueue[tuple[Future[Buffer], str, Buffer] | None] = queue.SimpleQueue()
-        self._guard = threading.Lock()  # orders "put a call" against "the worker is gone"
-        self._current: Future[Buffer] | None = None
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._guard = threading.Lock()  # orders "put a task" against "the worker is gone"
+        self._current: _Task | None = None
         self.thread = threading.Thread(target=self._run, name=f"lightvllm-{ref.id}", daemon=True)
         self.thread.start()
 
-    def submit(self, method: str, payload: Buffer) -> Future[Buffer]:
-        future: Future[Buffer] = Future()
-        future.set_running_or_notify_cancel()
+    def submit(self, task: _Task) -> None:
         with self._guard:
             if self.death is None:
-                self._calls.put((future, method, payload))
-                return future
-        future.set_exception(self.death)
-        return future
+                self._tasks.put(task)
+                return
+        task.fail(self.death)
 
-    def end(self, error: WorkerDied | Shutdown) -> bool:
+    def end(self, error: _End) -> bool:
         """Fail what is pending and refuse what comes; False if that has happened before."""
         with self._guard:
             if self.death is not None:
                 return False
             self.death = error
         pending = [self._current]
-        while not self._calls.empty():
-            call = self._calls.get_nowait()
-            pending.append(call[0] if call else None)
-        self._calls.put(None)
-        for future in pending:
-            if future is not None and not future.done():
-                future.set_exception(error)
+        while not self._tasks.empty():
+            pending.append(self._tasks.get_nowait())
+        self._tasks.put(None)
+        for task in pending:
+            if task is not None:
+                task.fail(error)
         return True
 
     def _run(self) -> None:
@@ -68,20 +86,16 @@ class _Worker:
             self.ready.set_exception(error)
             return
         self.ready.set_result(None)
-        while (call := self._calls.get()) is not None:
-            future, method, payload = call
-            self._current = future
+        while (task := self._tasks.get()) is not None:
+            self._current = task
             try:
-                reply = invoke(worker, method, payload)
+                task.run(worker)
             except BaseException as error:  # noqa: BLE001  SystemExit and the like: the worker's end
                 died = WorkerDied(self.ref.id, f"its thread ended with {error!r}")
                 if self.end(died):
                     self._on_death(self.ref, died)
                 return
-            with self._guard:
-                self._current = None
-                if not future.done():
-                    future.set_result(reply)
+            self._current = None
 
 
 class InProcessBackend:
@@ -132,7 +146,22 @@ class InProcessBackend:
         return [worker.ref for worker in workers]
 
     def call(self, worker: WorkerRef, method: str, payload: Buffer) -> Future[Buffer]:
-        return self._workers[worker.id].submit(method, payload)
+        answer: _Answer[Buffer] = _Answer()
+        self._workers[worker.id].submit(
+            _Task(lambda instance: answer.give(invoke(instance, method, payload)), answer.fail)
+        )
+        return answer
+
+    def wait(self, future: Future[Any], timeout: float) -> None:
+        concurrent.futures.wait([future], timeout)
+
+    def compile(self, graph: Graph, timeout: float) -> BackendGraph:
+        """Nothing is waited for: the workers' threads are given their steps with each execution."""
+        _check(graph)
+        compiled = _InProcessGraph(graph, self._workers)
+        if (end := compiled.ended) is not None:
+            raise end
+        return compiled
 
     def _died(self, ref: WorkerRef, died: WorkerDied) -> None:
         with self._lock:
@@ -150,3 +179,120 @@ class InProcessBackend:
         for worker in workers:
             if worker.thread is not threading.current_thread():
                 worker.thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class _Answer(Future[T]):
+    """A future whose first result or error counts: an answer and its worker's end may come at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first = threading.Lock()
+        self.set_running_or_notify_cancel()
+
+    def give(self, result: T) -> None:
+        if self._first.acquire(blocking=False):
+            self.set_result(result)
+
+    def fail(self, error: _End) -> None:
+        if self._first.acquire(blocking=False):
+            self.set_exception(error)
+
+
+def _check(graph: Graph) -> None:
+    for node in graph.nodes:
+        if node.transport != "auto":
+            raise ConfigError(
+                f"tensor transport {node.transport!r} of {node.method}: workers in one process hand values on in "
+                "memory; use 'auto'"
+            )
+    if graph.buffer_size_bytes is not None:
+        raise ConfigError("_buffer_size_bytes: workers in one process hand values on without buffers; leave it out")
+    if graph.overlap_gpu_communication:
+        raise ConfigError("_overlap_gpu_communication: workers in one process do not send; leave it out")
+
+
+class _InProcessGraph:
+    """See ``BackendGraph``."""
+
+    def __init__(self, graph: Graph, workers: Mapping[str, _Worker]) -> None:
+        self._graph = graph
+        self._steps = {node.worker: list(steps(graph, node.worker)) for node in graph.nodes}
+        self._workers = {name: workers[name] for name in self._steps}
+        self._lock = threading.Lock()  # executions reach every worker in the same order
+        self._pending: set[Future[list[Buffer]]] = set()
+
+    @property
+    def ended(self) -> _End | None:
+        """Why it cannot be executed any more."""
+        return next((worker.death for worker in self._workers.values() if worker.death is not None), None)
+
+    def execute(self, inputs: Mapping[int | str | None, bytes]) -> Future[list[Buffer]]:
+        execution = _Execution(self._graph.outputs, inputs)
+        with self._lock:
+            if (end := self.ended) is not None:
+                execution.fail(end)
+                return execution.future
+            self._pending.add(execution.future)
+            for name, mine in self._steps.items():
+                self._workers[name].submit(
+                    _Task(lambda instance, mine=mine: execution.run(mine, instance), execution.fail)  # type: ignore[misc]
+                )
+        execution.future.add_done_callback(self._pending.discard)
+        return execution.future
+
+    def teardown(self, timeout: float) -> None:
+        waiting = concurrent.futures.wait(list(self._pending), timeout).not_done
+        if waiting:
+            raise RpcTimeout(f"tear-down: {len(waiting)} executions of the graph still running after {timeout:g} s")
+
+
+class _Execution:
+    """One run of a graph. Its workers meet here, each in its own thread."""
+
+    def __init__(self, outputs: Sequence[int], inputs: Mapping[int | str | None, bytes]) -> None:
+        self.future: _Answer[list[Buffer]] = _Answer()
+        self._outputs = outputs
+        self._inputs = inputs
+        self._results: dict[int, bytes] = {}
+        self._changed = threading.Condition()
+        self._failed = False
+
+    def fail(self, error: _End) -> None:
+        self.future.fail(error)
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+    def run(self, mine: Sequence[Step], worker: object) -> None:
+        """Run one worker's steps; gives up when the execution has failed."""
+        kept: dict[int, Any] = {}
+        for step in mine:
+            values = []
+            for source in step.sources:
+                if isinstance(source, GraphInput) or source.node not in kept:
+                    payload = self._await(source)
+                    if payload is None:
+                        return
+                    values.append(load(payload, step.index))
+                else:
+                    values.append(kept[source.node])
+            result = step.run(worker, values)
+            if step.kept:
+                kept[step.index] = result
+            if step.sent:
+                self._publish(step.index, dump(result, step.index))
+
+    def _await(self, source: Source) -> bytes | None:
+        if isinstance(source, GraphInput):
+            return None if self._failed else self._inputs[source.key]
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or source.node in self._results)
+            return None if self._failed else self._results[source.node]
+
+    def _publish(self, node: int, payload: bytes) -> None:
+        with self._changed:
+            self._results[node] = payload
+            self._changed.notify_all()
+            done = all(output in self._results for output in self._outputs)
+        if done and not self.future.done():
+            self.future.give([self._results[output] for output in self._outputs])

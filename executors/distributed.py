@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
-from lightvllm.backends.base import Backend, Placement, Progress, WorkerRef
+from lightvllm.backends.base import Backend, BackendGraph, Graph, Placement, Progress, WorkerRef
 from lightvllm.config import ParallelConfig
 from lightvllm.errors import LightvllmError, RpcTimeout, Shutdown, WorkerDied
 from lightvllm.executors.base import Executor, FailureCallback
+from lightvllm.executors.graph import WorkerHandle
 from lightvllm.executors.ranks import deal_ranks
 from lightvllm.messages import Buffer, decode_reply, encode_call
 
@@ -34,6 +35,10 @@ class DistributedExecutor(Executor):
         step_timeout: seconds for ``execute_model`` and ``sample_tokens``.
         shutdown_timeout: seconds that workers get to end by themselves.
         progress: told what is being waited for.
+
+    Attributes:
+        workers: in rank order.
+        handles: the workers as authors of compiled graphs use them, in rank order (``executors/graph.py``).
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class DistributedExecutor(Executor):
             self.shutdown()
             raise
         self._ranks = {worker.id: rank for rank, worker in enumerate(self.workers)}
+        self.handles = [WorkerHandle(self, worker, rank) for rank, worker in enumerate(self.workers)]
 
     @property
     def world_size(self) -> int:
@@ -86,6 +92,11 @@ class DistributedExecutor(Executor):
     @property
     def step_timeout(self) -> float:
         return self._step_timeout
+
+    @property
+    def rpc_timeout(self) -> float:
+        """Seconds for a call that names no time-out of its own."""
+        return self._rpc_timeout
 
     # ------------------------------------------------------------------------------------------------- calls
 
@@ -138,6 +149,34 @@ class DistributedExecutor(Executor):
         gathering.start()
         return gathering
 
+    # ---------------------------------------------------------------------------------------------- graphs
+
+    def compile_graph(self, graph: Graph) -> BackendGraph:
+        """See ``executors/graph.py``, by which graphs are written."""
+        if (failure := self._failed_with()) is not None:
+            raise failure
+        try:
+            return self.backend.compile(graph, self._rpc_timeout)
+        except LightvllmError as error:
+            raise self.ranked(error) from None
+
+    def execute_graph(self, graph: BackendGraph, inputs: Mapping[int | str | None, bytes]) -> Future[list[Buffer]]:
+        """Begin an execution of a compiled graph."""
+        if (failure := self._failed_with()) is not None:
+            raise failure
+        with self._send_lock:
+            return graph.execute(inputs)
+
+    def wait(self, future: Future[Any], timeout: float) -> None:
+        """``Backend.wait``."""
+        self.backend.wait(future, timeout)
+
+    def ranked(self, error: LightvllmError) -> LightvllmError:
+        """``error``; a WorkerDied with the rank of its worker."""
+        if isinstance(error, WorkerDied) and error.rank is None:
+            return WorkerDied(error.worker, error.reason, self._ranks.get(error.worker))
+        return error
+
     def _forget(self, gathering: _Gathering) -> None:
         with self._lock:
             self._pending.discard(gathering)
@@ -149,7 +188,7 @@ class DistributedExecutor(Executor):
     # ---------------------------------------------------------------------------------------------- failure
 
     def _on_failure(self, worker: WorkerRef, died: WorkerDied) -> None:
-        self._fail(WorkerDied(died.worker, died.reason, self._ranks.get(worker.id)))
+        self._fail(self.ranked(died))
 
     def _fail(self, failure: LightvllmError) -> None:
         with self._lock:

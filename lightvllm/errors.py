@@ -8,6 +8,7 @@
     ├── WorkerError          a worker's method raised; carries rank, method and the remote traceback
     ├── WorkerDied           a worker's process, actor or connection is gone
     ├── RpcTimeout           a call was not answered in time (also a TimeoutError, as in vLLM)
+    ├── GraphCapacityExceeded  a compiled graph holds as many executions or results as it may
     └── Shutdown             the executor or backend has been shut down
 
 Exceptions of ray, grpc, kubernetes or torch never cross a public border. Any module may import this one;
@@ -84,6 +85,11 @@ class WorkerDied(LightvllmError):
 
 class RpcTimeout(LightvllmError, TimeoutError):
     """A call was not answered in time. The workers may still be executing it."""
+
+
+class GraphCapacityExceeded(LightvllmError):
+    """A compiled graph was executed, or results were left unfetched, beyond the bounds it was compiled with. Nothing has
+    been done; get or drop refs, then try again."""
 
 
 class Shutdown(LightvllmError):
