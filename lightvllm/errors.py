@@ -88,8 +88,10 @@ class RpcTimeout(LightvllmError, TimeoutError):
 
 
 class GraphCapacityExceeded(LightvllmError):
-    """A compiled graph was executed, or results were left unfetched, beyond the bounds it was compiled with. Nothing has
-    been done; get or drop refs, then try again."""
+    """A compiled graph was executed, or its results were left, beyond the bounds that it was compiled with.
+
+    Nothing has been done; get or drop refs, then try again.
+    """
 
 
 class Shutdown(LightvllmError):

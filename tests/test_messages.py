@@ -18,8 +18,10 @@ from lightvllm.messages import (
     Tensor,
     TokenLogprobs,
     decode_reply,
+    decode_value,
     encode_call,
     encode_failure,
+    encode_value,
     invoke,
 )
 from lightvllm.sampling_params import SamplingParams
@@ -112,3 +114,30 @@ def test_a_failure_keeps_its_class_and_message() -> None:
 def test_the_worker_has_every_typed_method_and_no_other() -> None:
     public = {name for name in vars(Worker) if not name.startswith("_")}
     assert public == set(TYPED_METHODS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "bool"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (4, 6)])
+def test_pickled_tensors_keep_their_bits(dtype: str, shape: tuple[int, ...]) -> None:
+    torch = pytest.importorskip("torch")
+    kind = getattr(torch, dtype)
+    count = torch.Size(shape).numel() * torch.empty(0, dtype=kind).element_size()
+    tensor = (torch.arange(count) % (2 if dtype == "bool" else 251)).to(torch.uint8).view(kind).reshape(shape)
+    for sent in (tensor, tensor.t().contiguous().t() if tensor.dim() == 2 else tensor):
+        got = decode_value(encode_value({"x": [sent]}))["x"][0]
+        assert (got.dtype, got.shape) == (kind, sent.shape)
+        assert torch.equal(got.reshape(-1).view(torch.uint8), sent.reshape(-1).view(torch.uint8))
+        if count:
+            got.reshape(-1).view(torch.uint8).fill_(255)  # it is the receiver's own, and can be written to
+            assert sent.reshape(-1).view(torch.uint8)[0] == 0
+
+
+def test_a_tensor_that_is_more_than_its_bits_is_left_to_torch() -> None:
+    torch = pytest.importorskip("torch")
+    tagged = torch.ones(2)
+    tagged.tag = "kept"
+    values = [torch.nn.Parameter(torch.ones(2)), torch.ones(2, requires_grad=True), tagged]
+    parameter, leaf, noted = decode_value(encode_value(values))
+    assert isinstance(parameter, torch.nn.Parameter)
+    assert leaf.requires_grad
+    assert noted.tag == "kept"
