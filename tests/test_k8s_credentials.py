@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ pytest.importorskip("cryptography", reason="the k8s extra is not installed")
 
 import grpc
 from tls_probe import served_serial
-from waiting import LIMIT
+from waiting import LIMIT, wait_until
 
 from lightvllm.backends.k8s.credentials import server_credentials
 from lightvllm.backends.k8s.security import Tls
@@ -86,20 +87,35 @@ def test_a_file_that_is_gone_changes_nothing(group: Group, port: int, name: str)
     assert served_serial(port, group.driver) == group.first
 
 
-def test_a_renewed_ca_decides_who_is_let_in(group: Group, port: int, tmp_path: Path) -> None:
-    def call(driver: Path) -> grpc.StatusCode:
-        cert, key, ca = ((driver / f"{name}.pem").read_bytes() for name in ("cert", "key", "ca"))
-        with grpc.secure_channel(f"127.0.0.1:{port}", grpc.ssl_channel_credentials(ca, key, cert)) as channel:
-            with pytest.raises(grpc.RpcError) as answer:
-                channel.unary_unary("/no/such")(b"", timeout=LIMIT)
-            return answer.value.code()
+def call(port: int, driver: Path) -> grpc.RpcError:
+    """How a call of a method that is not there ends: UNIMPLEMENTED for a driver that is let in."""
+    cert, key, ca = ((driver / f"{name}.pem").read_bytes() for name in ("cert", "key", "ca"))
+    with grpc.secure_channel(f"127.0.0.1:{port}", grpc.ssl_channel_credentials(ca, key, cert)) as channel:
+        with pytest.raises(grpc.RpcError) as answer:
+            channel.unary_unary("/no/such")(b"", timeout=LIMIT)
+        return answer.value
 
-    assert call(group.driver) is grpc.StatusCode.UNIMPLEMENTED, "let in"
+
+def test_a_renewed_ca_decides_who_is_let_in(group: Group, port: int, tmp_path: Path) -> None:
+    assert call(port, group.driver).code() is grpc.StatusCode.UNIMPLEMENTED
     (tmp_path / "other").mkdir()
     other = Group(tmp_path / "other")
     write_files(group.worker, {path.name: (path.read_bytes(), 0o600) for path in other.worker.iterdir()}, replace=True)
-    assert call(other.driver) is grpc.StatusCode.UNIMPLEMENTED
-    assert call(group.driver) is grpc.StatusCode.UNAVAILABLE
+    assert call(port, other.driver).code() is grpc.StatusCode.UNIMPLEMENTED
+    assert call(port, group.driver).code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_what_has_expired_is_refused_on_both_sides(group: Group, port: int) -> None:
+    second = 1 / 86400
+    driver = group.authority.issue("d", "client", days=second)
+    worker = group.authority.issue("w", "server", ["127.0.0.1"], days=second)
+    end = max(driver.not_after, worker.not_after)
+    wait_until(lambda: datetime.datetime.now(datetime.UTC) > end + datetime.timedelta(seconds=1), "their end")
+    group.write(group.driver.with_name("late"), driver)
+    assert call(port, group.driver.with_name("late")).code() is grpc.StatusCode.UNAVAILABLE
+    assert call(port, group.driver).code() is grpc.StatusCode.UNIMPLEMENTED
+    group.write(group.worker, worker)
+    assert "certificate has expired" in str(call(port, group.driver).details())
 
 
 @pytest.mark.parametrize(
