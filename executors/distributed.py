@@ -140,7 +140,8 @@ class DistributedExecutor(Executor):
             raise failure
         with self._send_lock:  # two threads' calls must reach every worker in the same order, or collectives deadlock
             futures = [(rank, self.backend.call(self.workers[rank], name, payload)) for rank, payload in calls]
-        gathering = _Gathering(name, futures, reply_rank, self._rpc_timeout if timeout is None else timeout, on_reply)
+        limit = self._rpc_timeout if timeout is None else timeout
+        gathering = _Gathering(self.backend, name, futures, reply_rank, limit, on_reply)
         with self._lock:
             self._pending.add(gathering)
         gathering.add_done_callback(lambda _: self._forget(gathering))
@@ -232,6 +233,7 @@ class _Gathering(Future[Any]):
 
     def __init__(
         self,
+        backend: Backend,
         method: str,
         futures: list[tuple[int, Future[Buffer]]],
         reply_rank: int | None,
@@ -239,6 +241,7 @@ class _Gathering(Future[Any]):
         on_reply: Callable[[int, int], None] | None,
     ) -> None:
         super().__init__()
+        self._backend = backend
         self._method = method
         self._futures = futures  # held until done: a dropped gRPC future would cancel its call
         self._reply_rank = reply_rank
@@ -282,8 +285,9 @@ class _Gathering(Future[Any]):
 
     def result(self, timeout: float | None = None) -> Any:
         limit = self._timeout if timeout is None else timeout
+        self._backend.wait(self, limit)
         try:
-            return super().result(limit)
+            return super().result(0)
         except TimeoutError:
             if self.done():
                 raise  # the call's own error

@@ -34,8 +34,33 @@ Buffer = bytes | bytearray | memoryview
 # ---------------------------------------------------------------------------------------------- start-up
 
 
+class StageCredentials(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker shows to the pipeline stages beside its own. No ``repr`` shows it.
+
+    Attributes:
+        group: a random name for this group of workers; no secret.
+        token: a secret that all workers of the group have.
+        cert, key, ca: PEM, for mutual TLS between hosts: the worker's certificate and key, and the group's CA.
+    """
+
+    group: str
+    token: str
+    cert: bytes = b""
+    key: bytes = b""
+    ca: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"StageCredentials(group={self.group!r}, hidden)"
+
+    def __rich_repr__(self) -> Any:
+        yield "group", self.group
+
+
 class WorkerInit(msgspec.Struct, frozen=True, kw_only=True):
-    """Who a worker is. ``local_rank`` counts the workers on its node; ``device_index`` is its GPU, of those it sees."""
+    """Who a worker is. ``local_rank`` counts the workers on its node; ``device_index`` is its GPU, of those it sees.
+
+    ``stage_credentials`` are there if there are several pipeline stages.
+    """
 
     rank: int
     local_rank: int
@@ -43,6 +68,7 @@ class WorkerInit(msgspec.Struct, frozen=True, kw_only=True):
     device_index: int
     world_size: int
     config: EngineConfig
+    stage_credentials: StageCredentials | None = None
 
 
 class CacheSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +78,7 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker says of itself after ``load_model``."""
+    """What a worker says of itself after ``load_model``. ``pp_transport`` is ``""`` where there is one stage only."""
 
     rank: int
     device: str
@@ -60,6 +86,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: str
     kernels: str
     parameter_bytes: int
+    pp_transport: str = ""
 
 
 # ------------------------------------------------------------------------------------------------- a step
@@ -113,7 +140,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Tensor(msgspec.Struct, frozen=True):
-    """A dense tensor by value: row-major bytes. ``numpy()`` for the dtypes that numpy has."""
+    """A dense tensor by value: row-major bytes, and torch's name of the dtype without ``torch.``.
+
+    ``numpy()`` for the dtypes that numpy has; ``lightvllm.transfer.tensors`` knows them all.
+    """
 
     dtype: str
     shape: list[int]
@@ -152,16 +182,20 @@ class _Method(msgspec.Struct, frozen=True):
 TYPED_METHODS: dict[str, _Method] = {
     "init_worker": _Method(tuple[WorkerInit], None),
     "open_rendezvous": _Method(tuple[()], str),
+    "open_stage_transport": _Method(tuple[()], str),
     "init_device": _Method(tuple[str], None),
+    "connect_stage_transport": _Method(tuple[str], None),
     "load_model": _Method(tuple[()], WorkerInfo),
     "get_kv_cache_spec": _Method(tuple[()], CacheSpec),
     "determine_available_memory": _Method(tuple[()], int),
     "initialize_from_config": _Method(tuple[int], None),
     "compile_or_warm_up_model": _Method(tuple[()], None),
     "execute_model": _Method(tuple[StepInput], StepOutput | None),
+    "execute_stage": _Method(tuple[StepInput, list[Tensor]], tuple[StepOutput | None, list[Tensor]]),
     "reset_sequences": _Method(tuple[()], None),
     "set_return_logits": _Method(tuple[bool], None),
     "check_health": _Method(tuple[()], None),
+    "close_stage_transport": _Method(tuple[()], None),
 }
 
 CALLABLE = "<callable>"  # the method name under which a pickled callable travels
@@ -257,6 +291,22 @@ def invoke(worker: object, method: str, payload: Buffer) -> bytes:
         return _pickled(result)
     except Exception as error:  # noqa: BLE001  whatever it is, the caller gets it
         return encode_failure(error)
+
+
+def decode_args(method: str, payload: Buffer) -> tuple[Any, ...]:
+    """The arguments of an encoded call of one of TYPED_METHODS. Raises ConfigError for anything else."""
+    if method not in TYPED_METHODS or bytes(payload[:1]) != _TYPED:
+        raise ConfigError(f"the arguments of {method} must be typed (lightvllm.messages.encode_call)")
+    try:
+        args: tuple[Any, ...] = _decoder(TYPED_METHODS[method].args).decode(memoryview(payload)[1:])
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"the arguments of {method} cannot be read: {error}") from None
+    return args
+
+
+def encode_result(result: Any) -> bytes:
+    """A result of one of TYPED_METHODS, for ``decode_reply``."""
+    return _TYPED + _encoder.encode(result)
 
 
 def encode_value(value: Any) -> bytes:

@@ -28,6 +28,14 @@ def write_token(folder: Path) -> str:
     return str(path)
 
 
+def session_stub(channel: Any) -> Any:
+    """Session with its messages as messages, not as bytes."""
+    from lightvllm.backends.k8s import wire
+    from lightvllm.proto import worker_pb2 as pb
+
+    return channel.stream_stream(f"/{wire.SERVICE}/Session", pb.Call.SerializeToString, pb.Reply.FromString)
+
+
 class WorkerCommand:
     """``lightvllm worker`` as a child process, in a process group of its own.
 

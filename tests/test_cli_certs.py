@@ -323,7 +323,6 @@ def test_groups_do_not_trust_each_other(worker: WorkerCommand, local: Path, tmp_
         drive(worker, mixed, 2.0, token)
 
 
-@pytest.mark.xfail(strict=True, reason="a worker server reads its TLS files once, when it starts to listen")
 def test_a_waiting_worker_uses_its_renewed_certificate(worker: WorkerCommand, local: Path, said: Said) -> None:
     port, cert = int(worker.address().rpartition(":")[2]), local / "workers/127.0.0.1/cert.pem"
     first = read_certificate(cert.read_bytes()).serial_number

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
-from lightvllm.backends.base import OnFailure, Placement, Progress, WorkerRef
+from lightvllm.backends.base import BackendGraph, Graph, OnFailure, Placement, Progress, WorkerRef
 from lightvllm.backends.inprocess import InProcessBackend
 from lightvllm.config import ParallelConfig
 from lightvllm.errors import LightvllmError, PlacementError, RpcTimeout, Shutdown, WorkerDied, WorkerError
@@ -42,6 +43,12 @@ class SteeredBackend:
         future: Future[Buffer] = Future()
         self.calls.append((worker, method, payload, future))
         return future
+
+    def wait(self, future: Future[Any], timeout: float) -> None:
+        futures.wait((future,), timeout)
+
+    def compile(self, graph: Graph, timeout: float) -> BackendGraph:
+        raise AssertionError("no test here compiles a graph")
 
     def answer(self, index: int, value: object) -> None:
         _, method, payload, future = self.calls[index]

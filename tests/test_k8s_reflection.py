@@ -78,7 +78,6 @@ def test_without_the_package_the_install_command_is_said(tmp_path: Path) -> None
     )
 
 
-@pytest.mark.xfail(strict=True, reason="the server does not look at Bootstrap.reflection yet")
 def test_a_worker_server_tells_it_to_those_who_show_the_token(tmp_path: Path) -> None:
     token_file = write_token(tmp_path)
     options = ("--listen", "127.0.0.1:0", "--token-file", token_file, "--reflection")

@@ -15,7 +15,7 @@ pytest.importorskip("grpc", reason="the k8s extra is not installed")
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from k8s_servers import TESTS, WORKER
+from k8s_servers import TESTS, WORKER, session_stub
 from waiting import LIMIT, wait_until
 
 from lightvllm.backends.k8s import wire
@@ -53,7 +53,7 @@ class Session:
 
     def __init__(self, channel: Any, driver: str = "me") -> None:
         self.frames: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.stream = wire.session_stub(channel)(iter(self.frames.get, None), metadata=metadata(driver), timeout=LIMIT)
+        self.stream = session_stub(channel)(iter(self.frames.get, None), metadata=metadata(driver), timeout=LIMIT)
         self.stream.initial_metadata()
 
     def send(self, number: int, method: str, *args: Any) -> None:
@@ -69,7 +69,7 @@ class Session:
 
 def init_worker(channel: Any, driver: str = "me", worker_class: str = WORKER, **env: str) -> Any:
     request = pb.InitWorkerRequest(worker_class=worker_class, env=env)
-    return wire.init_worker_stub(channel)(request, metadata=metadata(driver), timeout=LIMIT)
+    return wire.stub(channel, "InitWorker")(request, metadata=metadata(driver), timeout=LIMIT)
 
 
 def health(channel: Any) -> Any:
@@ -87,12 +87,13 @@ def refused(code: Any, call: Any) -> str:
 
 # -------------------------------------------------------------------------------------------------- who is let in
 
+METHODS = [f"/{wire.SERVICE}/{name}" for name in wire.METHODS]
 NO_TOKEN = ((wire.DRIVER_KEY, "me"),)
 WRONG_TOKEN = metadata(token=Token.new())
 TWO_TOKENS = (*metadata(), *Token.new().metadata())
 
 
-@pytest.mark.parametrize("method", [wire.INIT_WORKER, wire.SESSION, f"/{wire.SERVICE}/NoSuch", "/other.Service/Method"])
+@pytest.mark.parametrize("method", [*METHODS, f"/{wire.SERVICE}/NoSuch", "/other.Service/Method"])
 @pytest.mark.parametrize("bad", [NO_TOKEN, WRONG_TOKEN, TWO_TOKENS], ids=["none", "wrong", "two"])
 def test_without_the_token_nothing_is_answered(channel: Any, method: str, bad: Any) -> None:
     unary = channel.unary_unary(method)
@@ -106,7 +107,7 @@ def test_without_the_token_nothing_is_answered(channel: Any, method: str, bad: A
 def test_without_the_token_no_message_is_read(channel: Any) -> None:
     """One above the size limit would be answered by RESOURCE_EXHAUSTED if it were."""
     huge = bytes(2 * MESSAGE_LIMIT)
-    for method in (wire.INIT_WORKER, wire.SESSION):
+    for method in METHODS:
         call = channel.unary_unary(method)
         assert refused(grpc.StatusCode.UNAUTHENTICATED, lambda call=call: call(huge, metadata=NO_TOKEN, timeout=LIMIT))
 
@@ -116,7 +117,7 @@ def test_without_the_token_nothing_is_executed(channel: Any, tmp_path: Path) -> 
     method, payload = encode_call("touch_and_hang", (str(flag), 0.0), None)
     session = Session(channel)
     init_worker(channel)
-    intruder = wire.session_stub(channel)(
+    intruder = session_stub(channel)(
         iter([pb.Call(sequence_number=1, method=method, payload=payload)]), metadata=WRONG_TOKEN, timeout=LIMIT
     )
     assert refused(grpc.StatusCode.UNAUTHENTICATED, lambda: next(intruder))
@@ -158,7 +159,7 @@ def test_init_worker_belongs_to_a_session_and_comes_once(channel: Any) -> None:
 
 
 def test_a_session_needs_a_drivers_name(channel: Any) -> None:
-    stream = wire.session_stub(channel)(iter([]), metadata=TOKEN.metadata(), timeout=LIMIT)
+    stream = session_stub(channel)(iter([]), metadata=TOKEN.metadata(), timeout=LIMIT)
     assert wire.DRIVER_KEY in refused(grpc.StatusCode.INVALID_ARGUMENT, lambda: next(stream))
 
 

@@ -47,7 +47,13 @@ def serve() -> Iterator[Callable[..., str]]:
 
         def start(session: Sessions = accept, reply: Any = None, status: str = "SERVING") -> str:
             server = grpc.server(concurrent.futures.ThreadPoolExecutor(4))
-            server.add_generic_rpc_handlers((wire.handlers(lambda *_: reply or pb.InitWorkerReply(), session),))
+
+            def encoded(messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
+                for answer in session(map(pb.Call.FromString, messages), context):
+                    yield answer.SerializeToString()
+
+            methods = {"InitWorker": lambda *_: reply or pb.InitWorkerReply(), "Session": encoded}
+            server.add_generic_rpc_handlers((wire.handlers(methods),))
             checks = health.HealthServicer()
             checks.set(wire.SERVICE, health_pb2.HealthCheckResponse.ServingStatus.Value(status))
             health_pb2_grpc.add_HealthServicer_to_server(checks, server)

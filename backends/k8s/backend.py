@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import platform
 import socket
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, get_args
 
 from lightvllm.backends.base import OnFailure, Placement, Progress, WorkerRef
 from lightvllm.backends.k8s.discovery import Discovery, Endpoint, LocalProcesses, StaticAddresses
 from lightvllm.backends.k8s.process import MAX_MESSAGE_BYTES
+from lightvllm.backends.k8s.reactor import Reactor
 from lightvllm.backends.k8s.security import Tls, Token
 from lightvllm.errors import (
     ConfigError,
@@ -27,7 +29,8 @@ from lightvllm.messages import Buffer, decode_reply
 from lightvllm.version import __version__
 
 try:
-    from lightvllm.backends.k8s.session import WorkerSession
+    from lightvllm.backends.k8s.session import Transport, WorkerSession
+    from lightvllm.backends.k8s.wire import CallEncoder
 except ImportError as missing:
     if missing.name is None or missing.name.partition(".")[0] not in ("grpc", "grpc_health", "google"):
         raise
@@ -65,6 +68,7 @@ class KubernetesBackend:
         tls_cert: str | None = None,
         tls_key: str | None = None,
         tls_ca: str | None = None,
+        transport: Transport = "auto",
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         """Starts and connects to nothing.
@@ -73,13 +77,20 @@ class KubernetesBackend:
             workers: addresses ``"host:port"`` of running servers, in the order of ranks.
             token_file: file with the token of those servers.
             tls_cert, tls_key, tls_ca: PEM files for mutual TLS; needed for addresses that are not loopback.
+            transport: what carries calls: ``"grpc"`` (the session's stream), ``"direct"`` (a socket beside it, opened
+                by a ticket), or ``"auto"``: direct where it can be opened, else grpc.
             max_message_bytes: the largest payload of a call or reply.
 
         Raises:
             ConfigError: the options contradict each other, a file cannot be used, an address is malformed or unsafe.
         """
         self.driver_node = socket.gethostname()
+        if transport not in get_args(Transport):
+            raise ConfigError(f"k8s_transport={transport!r} is unknown; use one of {', '.join(get_args(Transport))}")
         self._max_message_bytes = max_message_bytes
+        self._transport = transport
+        self._encoder = CallEncoder()
+        self._reactor: Reactor | None = None
         self._discovery: Discovery
         tls = Tls.from_options(tls_cert, tls_key, tls_ca)
         if workers:
@@ -110,6 +121,8 @@ class KubernetesBackend:
             if self._on_failure is not None:
                 raise ConfigError("place was called before; a backend places once")
             self._on_failure = on_failure
+            if self._transport != "grpc":
+                self._reactor = Reactor()
         atexit.register(self.shutdown)
         try:
             members = [
@@ -200,6 +213,9 @@ class KubernetesBackend:
             endpoint.tls,
             max_message_bytes=self._max_message_bytes,
             on_break=lambda reason: self._session_broke(member, reason),
+            transport=self._transport,
+            reactor=self._reactor,
+            encoder=self._encoder,
         )
         with self._changed:
             closed = self._closed
@@ -242,6 +258,17 @@ class KubernetesBackend:
         session = self._members[worker.id].session
         assert session is not None  # a WorkerRef exists only for a worker that has been placed
         return session.call(method, payload)
+
+    def wait(self, future: Future[Any], timeout: float) -> None:
+        if self._reactor is not None:
+            self._reactor.wait(future, timeout)
+        else:
+            concurrent.futures.wait((future,), timeout)
+
+    @property
+    def carriers(self) -> dict[str, str]:
+        """What carries the calls of each worker, by its id: ``"grpc"`` or ``"direct"``."""
+        return {id_: member.session.carrier for id_, member in self._members.items() if member.session is not None}
 
     # ------------------------------------------------------------------------------------------------- death
 
@@ -297,6 +324,8 @@ class KubernetesBackend:
             for member in members:
                 if member.session is not None:
                     member.session.abort()
+            if self._reactor is not None:
+                self._reactor.close()
             atexit.unregister(self.shutdown)
             self._ended.set()
 

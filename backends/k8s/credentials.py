@@ -7,7 +7,6 @@ every handshake, and new ones are used from then on. Connections that stand are 
 from __future__ import annotations
 
 import logging
-import ssl
 import threading
 from typing import Any
 
@@ -63,19 +62,6 @@ def _check(tls: Tls, contents: tuple[bytes, bytes, bytes]) -> None:
 
     The library reads certificate and key from their files, so these must still hold ``contents`` afterwards.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_verify_locations(cadata=contents[2].decode("ascii"))
-    except (ValueError, ssl.SSLError):
-        raise ConfigError(f"TLS file {tls.ca}: expected a CA's certificate, PEM") from None
-    try:
-        context.load_cert_chain(tls.cert, tls.key, password=_no_password)
-    except (ValueError, OSError):  # ssl.SSLError is an OSError
-        raise ConfigError(f"TLS files {tls.cert} and {tls.key}: expected a certificate and its key, PEM") from None
+    tls.context(server=True)
     if tls.read() != contents:
         raise ConfigError(f"TLS files {tls.cert} and {tls.key} are being replaced; try again")
-
-
-def _no_password() -> str:
-    """An encrypted key is an error; without this function the terminal would be asked."""
-    raise ValueError("the key is encrypted")

@@ -134,7 +134,7 @@ class StaticAddresses:
 def _private_directory() -> Path:
     """A new directory with mode 0700, with a path short enough for a socket in it."""
     directory = Path(tempfile.mkdtemp(prefix="lightvllm-"))
-    if len(os.fsencode(directory)) > _SOCKET_PATH_BYTES - len("/99999.sock"):
+    if len(os.fsencode(directory)) > _SOCKET_PATH_BYTES - len("/99999.sock.direct"):
         with contextlib.suppress(OSError):
             directory.rmdir()
         directory = Path(tempfile.mkdtemp(prefix="lightvllm-", dir="/tmp"))

@@ -9,6 +9,7 @@ import hmac
 import ipaddress
 import os
 import secrets
+import ssl
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,12 +92,34 @@ class Tls(msgspec.Struct, frozen=True):
         tls.read()
         return tls
 
+    def context(self, server: bool) -> ssl.SSLContext:
+        """Mutual TLS 1.3 for sockets. Raises ConfigError for a file that cannot be used."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(self.ca)
+        except OSError:  # ssl.SSLError is one
+            raise ConfigError(f"TLS file {self.ca}: expected a CA's certificate, PEM") from None
+        try:
+            context.load_cert_chain(self.cert, self.key, password=_no_password)
+        except (ValueError, OSError):
+            raise ConfigError(
+                f"TLS files {self.cert} and {self.key}: expected a certificate and its key, PEM"
+            ) from None
+        return context
+
     def read(self) -> tuple[bytes, bytes, bytes]:
         """Contents of certificate, key and CA; read anew each time, so that a renewed certificate is used."""
         try:
             return Path(self.cert).read_bytes(), Path(self.key).read_bytes(), Path(self.ca).read_bytes()
         except OSError as error:
             raise ConfigError(f"TLS file {error.filename}: {error.strerror}") from None
+
+
+def _no_password() -> str:
+    """An encrypted key is an error; without this function the terminal would be asked."""
+    raise ValueError("the key is encrypted")
 
 
 def split_address(address: str) -> tuple[str, int]:

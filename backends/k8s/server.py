@@ -4,8 +4,9 @@ Started by ``process.WorkerProcess`` and by nothing else; see there for what its
 driver and then ends: politely when the driver closed its session, at once (``os._exit``, even if the worker is stuck in
 a collective) when the driver has gone or stdin has ended.
 
-Everything that touches the worker, its construction included, happens in the thread of the Session's handler: no
-hand-over per call, and what is bound to a thread (a CUDA device, inference mode) stays true. torch is not imported
+Everything that touches the worker, its construction included, happens in the thread of the Session's handler, by
+whichever carrier the calls come: no hand-over per call, and what is bound to a thread (a CUDA device, inference mode)
+stays true. torch is not imported
 before InitWorker has set the environment.
 """
 
@@ -16,31 +17,48 @@ import contextlib
 import io
 import os
 import platform
+import queue
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import grpc
 import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lightvllm.backends.base import load_worker_class
-from lightvllm.backends.k8s import wire
+from lightvllm.backends.k8s import reflection, wire
 from lightvllm.backends.k8s.devices import visible_gpus
 from lightvllm.backends.k8s.process import Bootstrap, Status
-from lightvllm.backends.k8s.security import Token
+from lightvllm.backends.k8s.security import Token, split_address
 from lightvllm.errors import ConfigError
-from lightvllm.messages import encode_failure, invoke
+from lightvllm.messages import (
+    Buffer,
+    decode_args,
+    decode_reply,
+    encode_call,
+    encode_failure,
+    encode_result,
+    invoke,
+    is_failure,
+)
 from lightvllm.proto import worker_pb2 as pb
+from lightvllm.transfer import frames
+from lightvllm.transfer.frames import FrameSocket
+from lightvllm.transfer.link import TicketListener
 from lightvllm.version import __version__
 
+T = TypeVar("T")
+
+_DIRECT_SUFFIX = ".direct"  # of the socket beside the server's
 _THREADS = 8  # one is the session's; the others answer health checks and refuse
+_DIRECT_SECONDS = 10.0  # for the driver to make its direct connection
 _EXIT_SECONDS = 2.0  # that a polite end may take
 _binding = threading.Lock()  # no socket is made while, or after, it is being removed for good
 
@@ -69,7 +87,7 @@ def main() -> NoReturn:
         host.close()
         atexit._run_exitfuncs()  # what the worker has registered; tearing the interpreter down takes torch seconds
     finally:
-        _forget_socket(bootstrap.listen)
+        _forget_sockets(bootstrap.listen)
     sys.stderr.flush()
     os._exit(0)
 
@@ -78,16 +96,17 @@ def _exit_at_end_of(hangup: Any, listen: str) -> None:
     while hangup.read(1):
         pass
     with _binding:
-        _forget_socket(listen)
+        _forget_sockets(listen)
         os._exit(0)
 
 
-def _forget_socket(listen: str) -> None:
-    """Remove the socket and, as the last of its siblings, its directory; the driver may have done so before."""
+def _forget_sockets(listen: str) -> None:
+    """Remove the sockets and, as the last of its siblings, their directory; the driver may have done so before."""
     if listen.startswith("unix:"):
         path = Path(listen.removeprefix("unix:"))
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+            Path(f"{path}{_DIRECT_SUFFIX}").unlink(missing_ok=True)
             path.parent.rmdir()
 
 
@@ -141,13 +160,15 @@ class Host:
 
     def __init__(self, bootstrap: Bootstrap) -> None:
         """Listens when it returns. Raises RuntimeError if it cannot, ConfigError for an unreadable TLS file."""
-        self._listen = bootstrap.listen
+        self._bootstrap = bootstrap
         self._limit = bootstrap.max_message_bytes
         self._lock = threading.Lock()
         self._driver: str | None = None
         self._closed_by_driver = False
+        self._listener: TicketListener | None = None
         self._asked: Future[pb.InitWorkerRequest] = Future()
         self._answered: Future[pb.InitWorkerReply] = Future()
+        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self.ended = threading.Event()
         interceptors: Any = [_RequireToken(Token(bootstrap.token))]
         self._health = health.HealthServicer()
@@ -157,7 +178,18 @@ class Host:
             options=wire.server_options(bootstrap.listen, self._limit),
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._server.add_generic_rpc_handlers((wire.handlers(self._init_worker, self._session),))
+        methods = {
+            "InitWorker": self._init_worker,
+            "OpenDirect": self._open_direct,
+            "Session": self._session,
+            "CollectiveRpc": self._collective_rpc,
+            "LoadModel": self._load_model,
+            "ExecuteModel": self._execute_model,
+            "ExecuteModelStream": self._execute_model_stream,
+        }
+        self._server.add_generic_rpc_handlers((wire.handlers(methods),))
+        if bootstrap.reflection:
+            reflection.enable(self._server)
         port = wire.bind(self._server, bootstrap.listen, bootstrap.tls)
         unix = bootstrap.listen.startswith("unix:")
         self.address = bootstrap.listen if unix else f"{bootstrap.listen.rpartition(':')[0]}:{port}"
@@ -168,11 +200,11 @@ class Host:
     def close(self) -> None:
         self._server.stop(0.2).wait()
 
-    # ------------------------------------------------------------------------------------------ the two RPCs
+    # ------------------------------------------------------------------------------------------- the session
 
-    def _session(self, calls: Iterator[Any], context: Any) -> Iterator[Any]:
+    def _session(self, messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
         """Take the worker, construct it, then run its calls one by one, in the order in which they arrive."""
-        driver = _driver_of(context, wire.DRIVER_KEY)
+        driver = _driver_of(context)
         if not driver:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the metadata lacks {wire.DRIVER_KEY}")
         with self._lock:
@@ -185,41 +217,48 @@ class Host:
         if not context.add_callback(self._session_over):
             self._session_over()
         context.send_initial_metadata((wire.ACCEPTED,))
-        worker, failure = self._construct()
-        for call in calls:
-            try:
-                reply = failure or _invoke(worker, call.method, call.payload, self._limit)
-            except BaseException as error:  # noqa: BLE001  SystemExit and the like: the end of the process
-                _exit_with(error)
-            yield pb.Reply(sequence_number=call.sequence_number, payload=reply)
+        request = self._asked.result()
+        try:
+            direct = self._direct_link(request)
+            worker = _Invoker(*self._construct(request), self._limit)
+            if direct is not None:
+                self._serve_direct(direct, worker)
+            elif request.carrier == pb.UNARY:
+                self._serve_unary(messages, worker)
+            else:
+                for number, method, payload in wire.whole_calls(messages, self._limit):
+                    yield from wire.encode_reply(number, worker.call(method, payload))
+        except ConnectionError as violation:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the driver broke the protocol: {violation}")
         self._closed_by_driver = True
 
     def _session_over(self) -> None:
         for service in ("", wire.SERVICE):
             self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         if not self._closed_by_driver:
-            _forget_socket(self._listen)
+            _forget_sockets(self._bootstrap.listen)
             os._exit(0)
         self.ended.set()
 
     def _init_worker(self, request: Any, context: Any) -> Any:
-        driver = _driver_of(context, wire.DRIVER_KEY)
         with self._lock:
-            expected = driver is not None and driver == self._driver and not self._asked.done()
-            if expected:
+            expected = self._is_driver(context) and not self._asked.done()
+            connected = request.carrier != pb.DIRECT or self._listener is not None
+            if expected and connected:
                 self._asked.set_result(request)
         if not expected:
             context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION, "InitWorker is called once, by the driver that has a session"
             )
+        if not connected:
+            context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, "the carrier is DIRECT; call OpenDirect and connect first"
+            )
         return self._answered.result()
 
-    # ---------------------------------------------------------------------------------------------------------
-
-    def _construct(self) -> tuple[object, bytes]:
+    def _construct(self, request: Any) -> tuple[object, bytes]:
         """The worker and nothing, or None and an encoded failure; InitWorker is answered either way."""
         worker, failure = None, b""
-        request = self._asked.result()
         for name, value in request.env.items():
             os.environ.setdefault(name, value)
         try:
@@ -241,18 +280,160 @@ class Host:
         )
         return worker, failure
 
+    def _is_driver(self, context: Any) -> bool:
+        driver = _driver_of(context)
+        return driver is not None and driver == self._driver
 
-def _invoke(worker: object, method: str, payload: bytes, limit: int) -> bytes:
-    reply = invoke(worker, method, payload)
-    if len(reply) > limit:
-        return encode_failure(
-            ConfigError(f"the reply of {method} is {len(reply)} bytes, more than max_message_bytes={limit}")
+    # ------------------------------------------------------------------------------------ the direct carrier
+
+    def _open_direct(self, _: Any, context: Any) -> Any:
+        """Listen beside the gRPC server for the driver's direct connection."""
+        bootstrap = self._bootstrap
+        with self._lock:
+            if not self._is_driver(context) or self._asked.done():
+                context.abort(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "OpenDirect is called before InitWorker, by the driver that has a session",
+                )
+            if self._listener is not None:
+                self._listener.close()
+            unix = bootstrap.listen.startswith("unix:")
+            listen = f"{bootstrap.listen}{_DIRECT_SUFFIX}" if unix else split_address(bootstrap.listen)[0]
+            tls = None if bootstrap.tls is None else bootstrap.tls.context(server=True)
+            try:
+                listener = self._listener = TicketListener(listen, self._limit, _DIRECT_SECONDS, tls)
+            except OSError as error:
+                context.abort(grpc.StatusCode.UNAVAILABLE, f"cannot listen for a direct connection: {error}")
+                raise
+        address = listener.address if unix else listener.address.rpartition(":")[2]
+        return pb.OpenDirectReply(address=address, ticket=listener.ticket)
+
+    def _direct_link(self, request: Any) -> FrameSocket | None:
+        """The connection that the driver has made, if it wants its calls to come by it."""
+        listener = self._listener
+        if listener is None or request.carrier != pb.DIRECT:
+            if listener is not None:
+                listener.close()
+            return None
+        try:
+            return listener.accepted.result()  # it gives up by itself
+        except OSError as error:
+            raise ConnectionError(f"its direct connection was never made: {error}") from None
+
+    def _serve_direct(self, direct: FrameSocket, worker: _Invoker) -> None:
+        while True:
+            try:
+                kind, number, name, payload = direct.read(None)
+                if kind == frames.CLOSE:
+                    return
+                if kind != frames.CALL:
+                    raise ConnectionError(f"it sent a frame of kind {kind}, expected a call")
+                method = name.decode()
+            except (ConnectionError, UnicodeDecodeError) as broken:
+                sys.stderr.write(f"the driver's direct connection is over: {broken}\n")
+                _forget_sockets(self._bootstrap.listen)
+                os._exit(0)
+            reply = worker.call(method, payload)
+            with contextlib.suppress(ConnectionError):  # the next read tells
+                direct.write(frames.REPLY, number, b"", reply, None)  # as long as the driver lives, it reads
+
+    # ------------------------------------------------------------------------------------- the unary carrier
+
+    def _serve_unary(self, messages: Iterator[bytes], worker: _Invoker) -> None:
+        threading.Thread(target=self._wait_for_the_end, args=(messages,), daemon=True).start()
+        while (work := self._work.get()) is not None:
+            work.done.set_result(work.run(worker))
+
+    def _wait_for_the_end(self, messages: Iterator[bytes]) -> None:
+        with contextlib.suppress(grpc.RpcError):
+            for _ in messages:  # the lease has none; one that comes means nothing
+                pass
+        self._work.put(None)
+
+    def _run(self, context: Any, work: Callable[[_Invoker], T]) -> T:
+        """Have the session's thread do ``work``."""
+        with self._lock:
+            ready = self._is_driver(context) and self._answered.done() and self._asked.result().carrier == pb.UNARY
+        if not ready:
+            context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "plain calls are for the driver that has a session, after an InitWorker with the carrier UNARY",
+            )
+        done: Future[Any] = Future()
+        self._work.put(_Work(work, done))
+        result: T = done.result()
+        return result
+
+    def _collective_rpc(self, request: Any, context: Any) -> Any:
+        return pb.CollectiveRpcReply(
+            payload=self._run(context, lambda worker: worker.call(request.method, request.payload))
         )
-    return reply
+
+    def _load_model(self, _: Any, context: Any) -> Any:
+        method, payload = encode_call("load_model", (), None)
+        return pb.CollectiveRpcReply(payload=self._run(context, lambda worker: worker.call(method, payload)))
+
+    def _execute_model(self, request: Any, context: Any) -> Any:
+        def step(worker: _Invoker) -> Any:
+            if request.intermediate_tensors:
+                output, tensors = worker.execute_stage(request)
+                return pb.ExecuteModelReply(model_output=output, intermediate_tensors=tensors)
+            output = worker.call("execute_model", request.scheduler_output)
+            if request.grammar_output and not is_failure(output):
+                output = worker.call("sample_tokens", request.grammar_output)
+            return pb.ExecuteModelReply(model_output=output)
+
+        return self._run(context, step)
+
+    def _execute_model_stream(self, request: Any, context: Any) -> Iterator[Any]:
+        output, tensors = self._run(context, lambda worker: worker.execute_stage(request))
+        if is_failure(output):
+            context.set_trailing_metadata(((wire.FAILURE_KEY, output),))
+            context.abort(grpc.StatusCode.INTERNAL, f"the stage failed; {wire.FAILURE_KEY} holds the failure")
+        for tensor in tensors:
+            yield from wire.tensor_pieces(tensor)
 
 
-def _driver_of(context: Any, key: str) -> str | None:
-    return next((value for name, value in context.invocation_metadata() if name == key), None)
+class _Work(NamedTuple):
+    run: Callable[[_Invoker], Any]
+    done: Future[Any]
+
+
+class _Invoker:
+    """Runs calls on the worker; for the session's thread alone."""
+
+    def __init__(self, worker: object, failure: bytes, limit: int) -> None:
+        self._worker, self._failure, self._limit = worker, failure, limit
+
+    def call(self, method: str, payload: Buffer) -> bytes:
+        """The encoded reply."""
+        try:
+            reply = self._failure or invoke(self._worker, method, payload)
+        except BaseException as error:  # noqa: BLE001  SystemExit and the like: the end of the process
+            _exit_with(error)
+        if len(reply) > self._limit:
+            return encode_failure(
+                ConfigError(f"the reply of {method} is {len(reply)} bytes, more than max_message_bytes={self._limit}")
+            )
+        return reply
+
+    def execute_stage(self, request: Any) -> tuple[bytes, list[Any]]:
+        """One pipeline stage's step by hand: the encoded output or failure, and the hidden states that follow."""
+        given = [wire.tensor_message(tensor) for tensor in request.intermediate_tensors]
+        try:
+            (step,) = decode_args("execute_model", request.scheduler_output)
+        except Exception as error:  # noqa: BLE001  the caller gets it
+            return encode_failure(error), []
+        method, payload = encode_call("execute_stage", (step, given), None)
+        reply = self.call(method, payload)
+        if is_failure(reply):
+            return reply, []
+        output, tensors = decode_reply(method, reply)
+        return encode_result(output), [wire.intermediate_tensor(tensor) for tensor in tensors]
+
+
+def _driver_of(context: Any) -> str | None:
+    return next((value for name, value in context.invocation_metadata() if name == wire.DRIVER_KEY), None)
 
 
 def _exit_with(error: BaseException) -> NoReturn:

@@ -1,28 +1,40 @@
-"""The driver's end of one worker's connection: find it well, take it, initialise it; then the ordered calls."""
+"""The driver's end of one worker: find it well, take it, initialise it; then the ordered calls.
+
+The gRPC stream ``Session`` is the lease on the worker, whichever way the calls go: by the stream itself, or by a direct
+socket that a ticket opens (``lightvllm/transfer/link.py``). Order, replies, errors and the end are the same for both.
+"""
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
 import queue
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lightvllm.backends.k8s import wire
+from lightvllm.backends.k8s.reactor import Reactor
 from lightvllm.backends.k8s.security import Tls, Token
 from lightvllm.errors import AuthError, ConfigError, LightvllmError, PlacementError, Shutdown
 from lightvllm.messages import Buffer
 from lightvllm.proto import worker_pb2 as pb
+from lightvllm.transfer import frames, link
+from lightvllm.transfer.frames import Frame, FrameSocket
+
+Transport = Literal["auto", "grpc", "direct"]
 
 _PROBE_SECONDS = 2.0  # for one health check
 _BACK_OFF_SECONDS = (0.1, 1.0)  # between two of them: first, most
 _BUSY_SECONDS = 3.0  # how long a worker may go on serving a driver that has just gone
+_DIRECT_SECONDS = 5.0  # for a direct connection to be opened; it either can be at once or not at all
 
 _PASSING = (  # may be otherwise in a moment: the server is not there yet, or is just ending
     grpc.StatusCode.UNAVAILABLE,
@@ -36,6 +48,7 @@ class WorkerSession:
 
     Attributes:
         ended: set when the session is over, whoever ended it.
+        carrier: what carries the calls, once the worker is initialised: ``"grpc"`` or ``"direct"``.
     """
 
     def __init__(
@@ -47,27 +60,41 @@ class WorkerSession:
         *,
         max_message_bytes: int,
         on_break: Callable[[str], None],
+        transport: Transport = "grpc",
+        reactor: Reactor | None = None,
+        encoder: wire.CallEncoder | None = None,
     ) -> None:
-        """Connects to nothing yet. ``on_break(reason)`` is called once, from a thread, when an open session ends
-        that has not been closed here."""
-        self._who = who
+        """Connects to nothing yet.
+
+        ``on_break(reason)`` is called once, from a thread, when an open session ends that has not been closed here.
+        A ``transport`` other than ``"grpc"`` needs a ``reactor``. Sessions that send the same payloads share an
+        ``encoder``.
+        """
+        self._who, self._target, self._tls = who, target, tls
         self._channel = wire.open_channel(target, tls, max_message_bytes)
         # Made here, while nobody can close the channel: grpc crashes when a method is registered on a closed one.
         self._check_health = health_pb2_grpc.HealthStub(self._channel).Check
-        self._call_init_worker = wire.init_worker_stub(self._channel)
-        self._open_session = wire.session_stub(self._channel)
+        self._call_init_worker = wire.stub(self._channel, "InitWorker")
+        self._call_open_direct = wire.stub(self._channel, "OpenDirect")
+        self._open_session = wire.stub(self._channel, "Session")
         self._metadata = (*token.metadata(), (wire.DRIVER_KEY, uuid.uuid4().hex))
         self._limit = max_message_bytes
         self._on_break = on_break
+        self._transport = transport
+        self._reactor = reactor
+        self._encoder = encoder or wire.CallEncoder()
         self._lock = threading.Lock()
         self._pending: collections.deque[tuple[int, str, Future[Buffer]]] = collections.deque()
         self._sent = 0
         self._over: LightvllmError | None = None  # why calls are refused
-        self._frames: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._broken = False
+        self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stream: Any = None
         self._init: Any = None
+        self._direct: FrameSocket | None = None
         self._cancelled = threading.Event()
         self.ended = threading.Event()
+        self.carrier: Literal["grpc", "direct"] = "grpc"
 
     # -------------------------------------------------------------------------------------------- placement
 
@@ -91,20 +118,54 @@ class WorkerSession:
                 raise PlacementError(f"{self._who}: {why}")
             say(why)
             self._sleep(_BACK_OFF_SECONDS[0])
-        threading.Thread(target=self._read, name=f"lightvllm-session-{self._who}", daemon=True).start()
+        threading.Thread(target=self._read_stream, name=f"lightvllm-session-{self._who}", daemon=True).start()
 
     def init_worker(self, worker_class: str, env: Mapping[str, str], timeout: float) -> pb.InitWorkerReply:
-        """Have the worker class constructed. ``failure`` of the reply is for ``messages.decode_reply``."""
-        request = pb.InitWorkerRequest(worker_class=worker_class, env=env)
-        with self._lock:
-            self._raise_if_over()
-            self._init = self._call_init_worker.future(request, timeout=timeout, metadata=self._metadata)
-        try:
-            reply: pb.InitWorkerReply = self._init.result()
-        except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            raise self._translated(error) from None
+        """Have the worker class constructed. ``failure`` of the reply is for ``messages.decode_reply``.
+
+        Raises PlacementError, AuthError, or what the session was failed with.
+        """
+        deadline = time.monotonic() + timeout
+        if self._transport != "grpc":
+            self._connect_directly(timeout)
+        carrier = pb.STREAM if self._direct is None else pb.DIRECT
+        request = pb.InitWorkerRequest(worker_class=worker_class, env=env, carrier=carrier)
+        reply: pb.InitWorkerReply = self._ask(self._call_init_worker, request, deadline - time.monotonic())
         self._limit = min(self._limit, reply.max_message_bytes)
         return reply
+
+    def _ask(self, method: Any, request: Any, timeout: float) -> Any:
+        with self._lock:
+            self._raise_if_over()
+            self._init = method.future(request, timeout=timeout, metadata=self._metadata)
+        try:
+            return self._init.result()
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            raise self._translated(error) from None
+
+    def _connect_directly(self, timeout: float) -> None:
+        """Open the direct carrier; with transport "auto" the stream is good enough where that fails."""
+        assert self._reactor is not None
+        limit = min(timeout, _DIRECT_SECONDS)
+        try:
+            reply = self._ask(self._call_open_direct, pb.OpenDirectRequest(), limit)
+            address = reply.address
+            if not address.startswith("unix:"):
+                address = f"{self._target.rpartition(':')[0]}:{address}"
+            tls = None if self._tls is None else self._tls.context(server=False)
+            direct = link.connect(address, reply.ticket, self._limit, limit, tls)
+        except (OSError, PlacementError) as error:
+            self._raise_if_over()
+            if self._transport == "direct":
+                raise PlacementError(f"{self._who}: no direct connection: {error}") from None
+            return
+        with self._lock:
+            if self._over is None:
+                self._direct, self.carrier = direct, "direct"
+                self._reactor.add(direct, self._take_frames, self._break)
+                return
+        direct.close()
+        self._raise_if_over()
 
     def _wait_serving(self, deadline: float, say: Callable[[str], None]) -> None:
         pause = _BACK_OFF_SECONDS[0]
@@ -133,12 +194,12 @@ class WorkerSession:
         """Open the session: None, or the gRPC error with which the worker refused."""
         with self._lock:
             self._raise_if_over()
-            frames: queue.SimpleQueue[Any] = queue.SimpleQueue()
-            stream = self._open_session(iter(frames.get, None), metadata=self._metadata)
-            self._frames, self._stream = frames, stream
+            messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+            stream = self._open_session(iter(messages.get, None), metadata=self._metadata)
+            self._messages, self._stream = messages, stream
         if wire.ACCEPTED in stream.initial_metadata():  # comes when the worker has decided, or the stream has ended
             return None
-        frames.put(None)
+        messages.put(None)
         return stream.exception()  # waits for the end of the stream, which has begun
 
     def _sleep(self, seconds: float) -> None:
@@ -182,32 +243,60 @@ class WorkerSession:
                 if error is None:
                     self._sent += 1
                     self._pending.append((self._sent, method, future))
-                    self._frames.put(pb.Call(sequence_number=self._sent, method=method, payload=data))
+                    self._send(self._sent, method, data)
         if error is not None:
             future.set_exception(error)
         return future
 
-    def _read(self) -> None:
+    def _send(self, number: int, method: str, data: bytes) -> None:
+        if self._direct is None:
+            for message in self._encoder.encode(number, method, data):
+                self._messages.put(message)
+            return
         try:
-            for reply in self._stream:
-                with self._lock:
-                    expected = self._pending[0][0] if self._pending else None
-                    future = self._pending.popleft()[2] if reply.sequence_number == expected else None
-                if future is None:
-                    if self._over is None:
-                        reason = f"it answered call {reply.sequence_number}, expected an answer to call {expected}"
-                        self._stream.cancel()
-                        break
-                    continue  # the call has failed already
-                future.set_result(reply.payload)
-            else:
-                reason = "it closed the session"
+            if not self._direct.send(frames.CALL, number, _name(method), data) and self._reactor is not None:
+                self._reactor.flush_when_possible(self._direct)
+        except ConnectionError:
+            pass  # the reading side sees it, too, and tells why
+
+    def _take_frames(self, arrived: collections.deque[Frame]) -> None:
+        while arrived:
+            kind, number, _, payload = arrived.popleft()
+            if kind != frames.REPLY:
+                raise ConnectionError(f"it sent a frame of kind {kind}, expected a reply")
+            self._replied(number, payload)
+
+    def _replied(self, number: int, payload: Buffer) -> None:
+        """Raises ConnectionError if this is not the reply that must come next."""
+        with self._lock:
+            if self._over is not None:
+                return  # the call has failed already
+            expected = self._pending[0][0] if self._pending else None
+            if number != expected:
+                raise ConnectionError(f"it answered call {number}, expected an answer to call {expected}")
+            future = self._pending.popleft()[2]
+        future.set_result(payload)
+
+    def _read_stream(self) -> None:
+        try:
+            for number, payload in wire.whole_replies(self._stream, self._limit):
+                if self._direct is not None:
+                    raise ConnectionError("it answered by the stream, expected it by the direct connection")
+                self._replied(number, payload)
+            reason = "it closed the session"
         except grpc.RpcError as error:
             reason = f"the connection broke ({_details(error)})"
+        except ConnectionError as error:
+            self._stream.cancel()
+            reason = str(error)
         self.ended.set()
+        self._break(reason)
+
+    def _break(self, reason: str) -> None:
         with self._lock:
-            broken = self._over is None
-        if broken:
+            first, self._broken = not self._broken, True
+            report = first and self._over is None
+        if report:
             self._on_break(reason)
 
     # -------------------------------------------------------------------------------------------------- end
@@ -225,15 +314,26 @@ class WorkerSession:
     def close(self) -> None:
         """Tell the worker politely that its driver is done; ``ended`` is set when it has understood."""
         self.fail(Shutdown("the backend has been shut down"))
-        self._frames.put(None)
+        if self._direct is not None:
+            with contextlib.suppress(ConnectionError):  # it has gone already
+                self._direct.send(frames.CLOSE, 0, b"", b"")  # a few bytes on an idle connection
+        self._messages.put(None)
 
     def abort(self) -> None:
         """End the connection at once, whatever is going on."""
         self.fail(Shutdown("the backend has been shut down"))
-        self._frames.put(None)  # ends gRPC's sending thread
+        self._messages.put(None)  # ends gRPC's sending thread
         self._channel.close()
+        if self._direct is not None and self._reactor is not None:
+            self._reactor.remove(self._direct)
+            self._direct.close()
         if self._stream is None:
             self.ended.set()
+
+
+@functools.lru_cache(maxsize=256)
+def _name(method: str) -> bytes:
+    return method.encode()
 
 
 def _details(error: Any) -> str:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clightvllm/proto/worker.proto\x12\x13lightvllm.worker.v1\"\x93\x01\n\x11InitWorkerRequest\x12\x14\n\x0cworker_class\x18\x01 \x01(\t\x12<\n\x03\x65nv\x18\x02 \x03(\x0b\x32/.lightvllm.worker.v1.InitWorkerRequest.EnvEntry\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9f\x01\n\x0fInitWorkerReply\x12\x0f\n\x07\x66\x61ilure\x18\x01 \x01(\x0c\x12\x16\n\x0epython_version\x18\x02 \x01(\t\x12\x19\n\x11lightvllm_version\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x12\n\ndevice_ids\x18\x06 \x03(\t\x12\x19\n\x11max_message_bytes\x18\x07 \x01(\x03\"@\n\x04\x43\x61ll\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\"1\n\x05Reply\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x32\xad\x01\n\tLLMWorker\x12Z\n\nInitWorker\x12&.lightvllm.worker.v1.InitWorkerRequest\x1a$.lightvllm.worker.v1.InitWorkerReply\x12\x44\n\x07Session\x12\x19.lightvllm.worker.v1.Call\x1a\x1a.lightvllm.worker.v1.Reply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clightvllm/proto/worker.proto\x12\x13lightvllm.worker.v1\"\xc2\x01\n\x11InitWorkerRequest\x12\x14\n\x0cworker_class\x18\x01 \x01(\t\x12<\n\x03\x65nv\x18\x02 \x03(\x0b\x32/.lightvllm.worker.v1.InitWorkerRequest.EnvEntry\x12-\n\x07\x63\x61rrier\x18\x03 \x01(\x0e\x32\x1c.lightvllm.worker.v1.Carrier\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9f\x01\n\x0fInitWorkerReply\x12\x0f\n\x07\x66\x61ilure\x18\x01 \x01(\x0c\x12\x16\n\x0epython_version\x18\x02 \x01(\t\x12\x19\n\x11lightvllm_version\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x12\n\ndevice_ids\x18\x06 \x03(\t\x12\x19\n\x11max_message_bytes\x18\x07 \x01(\x03\"U\n\x04\x43\x61ll\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\"F\n\x05Reply\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"\x13\n\x11OpenDirectRequest\"2\n\x0fOpenDirectReply\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\"7\n\x14\x43ollectiveRpcRequest\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"%\n\x12\x43ollectiveRpcReply\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"\x12\n\x10LoadModelRequest\"^\n\x12IntermediateTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"\x8e\x01\n\x13\x45xecuteModelRequest\x12\x18\n\x10scheduler_output\x18\x01 \x01(\x0c\x12\x16\n\x0egrammar_output\x18\x02 \x01(\x0c\x12\x45\n\x14intermediate_tensors\x18\x03 \x03(\x0b\x32\'.lightvllm.worker.v1.IntermediateTensor\"p\n\x11\x45xecuteModelReply\x12\x14\n\x0cmodel_output\x18\x01 \x01(\x0c\x12\x45\n\x14intermediate_tensors\x18\x02 \x03(\x0b\x32\'.lightvllm.worker.v1.IntermediateTensor\"\x9c\x01\n\x0bTensorBatch\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x17\n\x0fsequence_number\x18\x02 \x01(\x04\x12\x38\n\x07tensors\x18\x03 \x03(\x0b\x32\'.lightvllm.worker.v1.IntermediateTensor\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x0c\n\x04step\x18\x05 \x01(\x12\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\"+\n\x10PushTensorsReply\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04*,\n\x07\x43\x61rrier\x12\n\n\x06STREAM\x10\x00\x12\n\n\x06\x44IRECT\x10\x01\x12\t\n\x05UNARY\x10\x02\x32\xf2\x05\n\tLLMWorker\x12Z\n\nInitWorker\x12&.lightvllm.worker.v1.InitWorkerRequest\x1a$.lightvllm.worker.v1.InitWorkerReply\x12\x44\n\x07Session\x12\x19.lightvllm.worker.v1.Call\x1a\x1a.lightvllm.worker.v1.Reply(\x01\x30\x01\x12Z\n\nOpenDirect\x12&.lightvllm.worker.v1.OpenDirectRequest\x1a$.lightvllm.worker.v1.OpenDirectReply\x12\x63\n\rCollectiveRpc\x12).lightvllm.worker.v1.CollectiveRpcRequest\x1a\'.lightvllm.worker.v1.CollectiveRpcReply\x12[\n\tLoadModel\x12%.lightvllm.worker.v1.LoadModelRequest\x1a\'.lightvllm.worker.v1.CollectiveRpcReply\x12`\n\x0c\x45xecuteModel\x12(.lightvllm.worker.v1.ExecuteModelRequest\x1a&.lightvllm.worker.v1.ExecuteModelReply\x12i\n\x12\x45xecuteModelStream\x12(.lightvllm.worker.v1.ExecuteModelRequest\x1a\'.lightvllm.worker.v1.IntermediateTensor0\x01\x12X\n\x0bPushTensors\x12 .lightvllm.worker.v1.TensorBatch\x1a%.lightvllm.worker.v1.PushTensorsReply(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,16 +33,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_INITWORKERREQUEST_ENVENTRY']._loaded_options = None
   _globals['_INITWORKERREQUEST_ENVENTRY']._serialized_options = b'8\001'
+  _globals['_CARRIER']._serialized_start=1319
+  _globals['_CARRIER']._serialized_end=1363
   _globals['_INITWORKERREQUEST']._serialized_start=54
-  _globals['_INITWORKERREQUEST']._serialized_end=201
-  _globals['_INITWORKERREQUEST_ENVENTRY']._serialized_start=159
-  _globals['_INITWORKERREQUEST_ENVENTRY']._serialized_end=201
-  _globals['_INITWORKERREPLY']._serialized_start=204
-  _globals['_INITWORKERREPLY']._serialized_end=363
-  _globals['_CALL']._serialized_start=365
-  _globals['_CALL']._serialized_end=429
-  _globals['_REPLY']._serialized_start=431
-  _globals['_REPLY']._serialized_end=480
-  _globals['_LLMWORKER']._serialized_start=483
-  _globals['_LLMWORKER']._serialized_end=656
+  _globals['_INITWORKERREQUEST']._serialized_end=248
+  _globals['_INITWORKERREQUEST_ENVENTRY']._serialized_start=206
+  _globals['_INITWORKERREQUEST_ENVENTRY']._serialized_end=248
+  _globals['_INITWORKERREPLY']._serialized_start=251
+  _globals['_INITWORKERREPLY']._serialized_end=410
+  _globals['_CALL']._serialized_start=412
+  _globals['_CALL']._serialized_end=497
+  _globals['_REPLY']._serialized_start=499
+  _globals['_REPLY']._serialized_end=569
+  _globals['_OPENDIRECTREQUEST']._serialized_start=571
+  _globals['_OPENDIRECTREQUEST']._serialized_end=590
+  _globals['_OPENDIRECTREPLY']._serialized_start=592
+  _globals['_OPENDIRECTREPLY']._serialized_end=642
+  _globals['_COLLECTIVERPCREQUEST']._serialized_start=644
+  _globals['_COLLECTIVERPCREQUEST']._serialized_end=699
+  _globals['_COLLECTIVERPCREPLY']._serialized_start=701
+  _globals['_COLLECTIVERPCREPLY']._serialized_end=738
+  _globals['_LOADMODELREQUEST']._serialized_start=740
+  _globals['_LOADMODELREQUEST']._serialized_end=758
+  _globals['_INTERMEDIATETENSOR']._serialized_start=760
+  _globals['_INTERMEDIATETENSOR']._serialized_end=854
+  _globals['_EXECUTEMODELREQUEST']._serialized_start=857
+  _globals['_EXECUTEMODELREQUEST']._serialized_end=999
+  _globals['_EXECUTEMODELREPLY']._serialized_start=1001
+  _globals['_EXECUTEMODELREPLY']._serialized_end=1113
+  _globals['_TENSORBATCH']._serialized_start=1116
+  _globals['_TENSORBATCH']._serialized_end=1272
+  _globals['_PUSHTENSORSREPLY']._serialized_start=1274
+  _globals['_PUSHTENSORSREPLY']._serialized_end=1317
+  _globals['_LLMWORKER']._serialized_start=1366
+  _globals['_LLMWORKER']._serialized_end=2120
 # @@protoc_insertion_point(module_scope)
