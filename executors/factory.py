@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 
 from lightvllm.backends.base import Backend, Placement, Progress
 from lightvllm.config import EngineConfig, ExecutorConfig
-from lightvllm.errors import ConfigError
+from lightvllm.errors import ConfigError, Shutdown
 from lightvllm.executors.distributed import DistributedExecutor
 from lightvllm.executors.ranks import device_indices, local_ranks
-from lightvllm.messages import CacheSpec, WorkerInfo, WorkerInit
+from lightvllm.messages import CacheSpec, WorkerInfo, WorkerInit, encode_call
+from lightvllm.transfer.credentials import make_credentials
 
 WORKER_CLASS = "lightvllm.worker:Worker"
+CLOSE_TIMEOUT = 1.0
+"""Seconds that workers get to close the stages' transports before they are ended."""
 
 
 class EngineExecutor(DistributedExecutor):
@@ -24,13 +28,16 @@ class EngineExecutor(DistributedExecutor):
         start_seconds: time from the start of placement until now ready.
     """
 
+    _has_stages = False
     worker_infos: list[WorkerInfo]
     num_kv_blocks: int
     start_seconds: float
 
     def start(self, config: EngineConfig, progress: Progress) -> None:
         """Tell each worker who it is, form the process groups, load the weights, make the KV cache, warm up."""
-        ranks = range(self.world_size)
+        ranks, layout = range(self.world_size), config.parallel
+        places = local_ranks(self.workers)
+        credentials = make_credentials(layout, local=all(on_node == self.world_size for _, on_node in places))
         init = {
             rank: [
                 WorkerInit(
@@ -40,18 +47,27 @@ class EngineExecutor(DistributedExecutor):
                     device_index=device_index,
                     world_size=self.world_size,
                     config=config,
+                    stage_credentials=credential,
                 )
             ]
-            for rank, (local_rank, local_world_size), device_index in zip(
-                ranks, local_ranks(self.workers), device_indices(self.workers), strict=True
+            for rank, (local_rank, local_world_size), device_index, credential in zip(
+                ranks, places, device_indices(self.workers), credentials, strict=True
             )
         }
         self.scatter_rpc("init_worker", init)
         rendezvous = ""
-        if self.world_size > 1:
+        if layout.needs_process_groups:
             progress("forming the process groups")
             (rendezvous,) = self.scatter_rpc("open_rendezvous", {0: []})
-        self.collective_rpc("init_device", args=(rendezvous,))
+        if layout.pipeline_parallel_size == 1:
+            self.collective_rpc("init_device", args=(rendezvous,))
+        else:
+            progress("connecting the pipeline's stages")
+            self._has_stages = True
+            addresses: list[str] = self.collective_rpc("open_stage_transport")
+            self.collective_rpc("init_device", args=(rendezvous,))
+            behind = addresses[layout.tensor_parallel_size :] + [""] * layout.tensor_parallel_size
+            self.scatter_rpc("connect_stage_transport", {rank: [behind[rank]] for rank in ranks})
 
         def loaded(done: int, of: int) -> None:
             progress(f"loading weights: {done} of {of} ranks done")
@@ -61,6 +77,16 @@ class EngineExecutor(DistributedExecutor):
         progress("making the KV cache")
         self.num_kv_blocks = self._num_kv_blocks(config)
         self.initialize_from_config(self.num_kv_blocks)
+
+    def shutdown(self) -> None:
+        """See ``DistributedExecutor.shutdown``. Workers that still answer remove their stages' files and sockets first:
+        not every backend lets a worker end by itself."""
+        self._fail(Shutdown("the executor has been shut down"))
+        if self._has_stages:
+            self._has_stages = False
+            method, payload = encode_call("close_stage_transport", (), None)
+            wait([self.backend.call(worker, method, payload) for worker in self.workers], CLOSE_TIMEOUT)
+        super().shutdown()
 
     def _num_kv_blocks(self, config: EngineConfig) -> int:
         """Blocks that every rank has room for; the workers refuse a cache too small for one sequence of full length."""
@@ -139,6 +165,7 @@ def _k8s(executor: ExecutorConfig, engine: EngineConfig) -> Backend:
         tls_cert=executor.k8s_tls_cert,
         tls_key=executor.k8s_tls_key,
         tls_ca=executor.k8s_tls_ca,
+        transport=executor.k8s_transport,
     )
 
 

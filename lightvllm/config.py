@@ -143,15 +143,26 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return DTYPE_BYTES[self.dtype]
 
 
+PipelineTransport = Literal["torch", "grpc", "shared"]
+PIPELINE_TRANSPORTS: tuple[str, ...] = ("torch", "grpc", "shared")
+
+
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The layout: rank = pipeline rank × tensor_parallel_size + tensor rank.
 
-    ``collective_timeout``: seconds that a worker waits for its peers in one collective operation.
+    Attributes:
+        collective_timeout: seconds that a worker waits for its peers in one collective operation, or for a step's
+            hidden states.
+        pp_transport: how hidden states go from a stage to the next: ``"torch"`` (torch.distributed: gloo on CPUs, NCCL
+            on GPUs), ``"grpc"``, or ``"shared"`` (files in a shared directory).
+        pp_shared_dir: that directory, under one path for all workers; None takes a tmpfs, for workers on one host.
     """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     collective_timeout: float = 300.0
+    pp_transport: PipelineTransport = "torch"
+    pp_shared_dir: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
@@ -159,6 +170,20 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"{name}={getattr(self, name)}; use 1 or more")
         if not (math.isfinite(self.collective_timeout) and self.collective_timeout > 0):
             raise ConfigError(f"collective_timeout={self.collective_timeout}; use a positive number of seconds")
+        if self.pp_transport not in PIPELINE_TRANSPORTS:
+            raise ConfigError(
+                f"pp_transport={self.pp_transport!r} is unknown; use one of {', '.join(PIPELINE_TRANSPORTS)}"
+            )
+        if self.pp_shared_dir is not None and self.pp_transport != "shared":
+            raise ConfigError(
+                f"pp_shared_dir is given, but pp_transport={self.pp_transport!r}; use pp_transport='shared', or leave "
+                "the directory out"
+            )
+
+    @property
+    def needs_process_groups(self) -> bool:
+        """Whether any worker has a peer that it talks to by torch.distributed."""
+        return self.tensor_parallel_size > 1 or (self.pipeline_parallel_size > 1 and self.pp_transport == "torch")
 
     @property
     def world_size(self) -> int:
@@ -275,6 +300,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         self.parallel.check(self.model)
 
 
+KubernetesTransport = Literal["auto", "grpc", "direct"]
+KUBERNETES_TRANSPORTS: tuple[str, ...] = ("auto", "grpc", "direct")
 ExecutorName = Literal["uniproc", "ray", "k8s"]
 EXECUTOR_NAMES: tuple[str, ...] = ("uniproc", "ray", "k8s")
 
@@ -290,6 +317,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
         k8s_token_file: file with the token that those servers were started with.
         k8s_tls_cert, k8s_tls_key, k8s_tls_ca: PEM files for mutual TLS with them: the driver's certificate, its key,
             and the CA that signed the servers'. Needed for addresses that are not loopback.
+        k8s_transport: what carries calls to the workers: ``"grpc"`` (a stream), ``"direct"`` (a socket beside it, which
+            is faster), or ``"auto"``: direct where it can be opened, else grpc.
         strategy: placement of the workers over nodes (Ray's names).
         start_timeout: seconds until every worker must answer.
         rpc_timeout: seconds until every worker must have answered a control call, loading included.
@@ -303,6 +332,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
     k8s_tls_cert: str | None = None
     k8s_tls_key: str | None = None
     k8s_tls_ca: str | None = None
+    k8s_transport: KubernetesTransport = "auto"
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     start_timeout: float = 120.0
     rpc_timeout: float = 600.0
@@ -314,6 +344,14 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"executor={self.name!r} is unknown; use one of {', '.join(EXECUTOR_NAMES)}")
         if self.k8s_workers and self.name != "k8s":
             raise ConfigError(f"k8s_workers are given, but executor={self.name!r}; use executor='k8s'")
+        if self.k8s_transport not in KUBERNETES_TRANSPORTS:
+            raise ConfigError(
+                f"k8s_transport={self.k8s_transport!r} is unknown; use one of {', '.join(KUBERNETES_TRANSPORTS)}"
+            )
+        if self.k8s_transport != "auto" and self.name != "k8s":
+            raise ConfigError(
+                f"k8s_transport={self.k8s_transport!r} is given, but executor={self.name!r}; use executor='k8s'"
+            )
         if self.ray_address and self.name != "ray":
             raise ConfigError(f"ray_address is given, but executor={self.name!r}; use executor='ray'")
         for field in ("start_timeout", "rpc_timeout", "step_timeout"):

@@ -21,12 +21,12 @@ CPU = torch.device("cpu")
 T = TypeVar("T")
 
 
-def group(tp: int, pp: int, timeout: float = 30) -> list[ParallelContext]:
+def group(tp: int, pp: int, timeout: float = 30, stages: bool = True) -> list[ParallelContext]:
     store, address = open_store("127.0.0.1", tp * pp)
 
     def join(rank: int) -> ParallelContext:
         mine = store if rank == 0 else join_store(address, tp * pp)
-        return ParallelContext.connect(CPU, rank, tp, pp, mine, timeout, local=True)
+        return ParallelContext.connect(CPU, rank, tp, pp, mine, timeout, local=True, stages=stages)
 
     return everywhere(join, list(range(tp * pp)))
 
@@ -70,38 +70,21 @@ def test_collectives_stay_within_their_stage(dtype: torch.dtype) -> None:
         assert gathered.tolist() == [values, values]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_stages_hand_on_between_equal_tensor_ranks(dtype: torch.dtype) -> None:
+def test_equal_tensor_ranks_of_all_stages_have_a_group_if_it_is_wanted() -> None:
     contexts = group(2, 2)
-    sent = [torch.randn(3, 4).to(dtype) for _ in range(2)]
+    assert all(c.stage_groups is not None and c.stage_groups[0] is c.stage_groups[1] for c in contexts)
 
-    def work(context: ParallelContext) -> torch.Tensor | None:
+    def hand_on(context: ParallelContext) -> float:
+        assert context.stage_groups is not None
+        headers, x = context.stage_groups[0], torch.tensor([float(context.tp_rank)])
         if context.is_first_stage:
-            context.send_to_next_stage(sent[context.tp_rank], tag=5)
-            context.finish_sending()
-            return None
-        return context.receive_from_previous_stage((3, 4), dtype, tag=5)
+            headers.send([x], 1, 5).wait()
+        else:
+            headers.recv([x.zero_()], 0, 5).wait()
+        return float(x)
 
-    received = everywhere(work, list(contexts))[2:]
-    for tensor, expected in zip(received, sent, strict=True):
-        assert tensor is not None
-        assert torch.equal(tensor, expected)
-
-
-def test_a_tensor_of_an_abandoned_step_is_not_taken_for_the_next_ones() -> None:
-    first, second = group(1, 2)
-    stale, fresh = torch.zeros(4), torch.ones(4)
-
-    def send() -> None:
-        first.send_to_next_stage(stale, tag=1)
-        first.abandon_sending()  # the next stage failed before it took this
-        first.send_to_next_stage(fresh, tag=2)
-        first.finish_sending()
-
-    with ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(send)
-        assert second.receive_from_previous_stage((4,), torch.float32, tag=2).tolist() == [1, 1, 1, 1]
-        sending.result(timeout=30)
+    assert everywhere(hand_on, list(contexts)) == [0, 1, 0, 1]
+    assert all(c.stage_groups is None for c in group(2, 2, stages=False))
 
 
 def test_a_peer_that_does_not_come_is_a_time_out() -> None:

@@ -20,6 +20,7 @@ from lightvllm.messages import (
     invoke,
 )
 from lightvllm.sampling_params import SamplingParams
+from lightvllm.transfer.credentials import make_credentials
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -107,9 +108,18 @@ class Driver:
         self._step = 0
         self._next_block = 0
         self.num_blocks = num_blocks
+        layout = config.parallel
+        self._credentials = make_credentials(layout, local=True)
         workers.call_each(self.ranks, [self._init(rank) for rank in self.ranks])
-        rendezvous = workers.call([0], "open_rendezvous")[0] if self._world > 1 else ""
+        rendezvous = workers.call([0], "open_rendezvous")[0] if layout.needs_process_groups else ""
+        staged = layout.pipeline_parallel_size > 1
+        addresses = workers.call(self.ranks, "open_stage_transport") if staged else []
         workers.call(self.ranks, "init_device", rendezvous)
+        if staged:
+            behind = addresses[layout.tensor_parallel_size :] + [""] * layout.tensor_parallel_size
+            workers.call_each(
+                self.ranks, [encode_call("connect_stage_transport", (address,), None) for address in behind]
+            )
         self.infos = workers.call(self.ranks, "load_model")
         workers.call(self.ranks, "initialize_from_config", num_blocks)
         workers.call(self.ranks, "compile_or_warm_up_model")
@@ -122,6 +132,7 @@ class Driver:
             device_index=rank,
             world_size=self._world,
             config=self._config,
+            stage_credentials=self._credentials[rank],
         )
         return encode_call("init_worker", (init,), None)
 

@@ -23,6 +23,8 @@ Executor = StrEnum("Executor", ["uniproc", "ray", "k8s"])
 DType = StrEnum("DType", ["auto", "float32", "bfloat16", "float16"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 AttentionBackend = StrEnum("AttentionBackend", ["auto", "naive", "sdpa", "paged"])
+KubernetesTransport = StrEnum("KubernetesTransport", ["auto", "grpc", "direct"])
+PipelineTransport = StrEnum("PipelineTransport", ["torch", "grpc", "shared"])
 Kernels = StrEnum("Kernels", ["auto", "compiled", "reference"])
 
 _UNITS = {"": 1} | {
@@ -89,6 +91,22 @@ class EngineOptions:
             rich_help_panel=_ENGINE,
         ),
     ] = Kernels.auto
+    pp_transport: Annotated[
+        PipelineTransport,
+        typer.Option(
+            help="How hidden states go from one pipeline stage to the next: torch.distributed, gRPC, or files in a "
+            "shared directory.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = PipelineTransport.torch
+    pp_shared_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="That directory, the same on all hosts; with --pp-transport shared.",
+            show_default="memory, on one host",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None
     start_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds until every worker must answer.", rich_help_panel=_ENGINE)
     ] = 120.0
@@ -121,6 +139,15 @@ class EngineOptions:
     ] = None
     k8s_tls_ca: Annotated[
         Path | None, typer.Option(help="The CA that signed the servers' certificates, PEM.", rich_help_panel=_K8S)
+    ] = None
+
+    k8s_transport: Annotated[
+        KubernetesTransport | None,
+        typer.Option(
+            help="What carries calls to workers: a gRPC stream, a socket beside it, or the faster that connects.",
+            show_default="auto",
+            rich_help_panel=_K8S,
+        ),
     ] = None
 
     def refuse_unused(self, executors: Collection[str]) -> None:

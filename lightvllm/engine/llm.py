@@ -26,8 +26,10 @@ from lightvllm.config import (
     EngineConfig,
     ExecutorConfig,
     ExecutorName,
+    KubernetesTransport,
     ModelConfig,
     ParallelConfig,
+    PipelineTransport,
     SchedulerConfig,
 )
 from lightvllm.engine.engine import LLMEngine, OnStep, Prompt, TokensPrompt
@@ -52,6 +54,7 @@ class LLM:
         model: a Hugging Face folder, a name known to ``lightvllm models``, or a hub id.
         executor: where the workers run: ``"uniproc"`` (this process), ``"ray"`` or ``"k8s"``.
         tensor_parallel_size, pipeline_parallel_size: the layout; their product is the number of workers.
+        pp_transport, pp_shared_dir: how hidden states go from a pipeline stage to the next; see ``ParallelConfig``.
         dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         max_model_len: longest prompt plus output; None takes what the model allows.
         load_format: ``"safetensors"``, or ``"dummy"`` for random weights.
@@ -65,8 +68,8 @@ class LLM:
         device, threads, attention_backend, kernels, gpu_memory_utilization: see ``DeviceConfig``.
         seed: of the random numbers of requests that bring no seed of their own.
         return_logits: have the workers send each step's logits, for ``on_step``.
-        ray_address, k8s_workers, k8s_token_file, k8s_tls_cert, k8s_tls_key, k8s_tls_ca, strategy, start_timeout,
-            rpc_timeout, step_timeout, env: see ``ExecutorConfig``.
+        ray_address, k8s_workers, k8s_token_file, k8s_tls_cert, k8s_tls_key, k8s_tls_ca, k8s_transport, strategy,
+            start_timeout, rpc_timeout, step_timeout, env: see ``ExecutorConfig``.
         progress: told in a few words what start-up is waiting for.
         on_step: see ``LLMEngine``.
 
@@ -82,6 +85,8 @@ class LLM:
         executor: ExecutorName = "uniproc",
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
+        pp_transport: PipelineTransport = "torch",
+        pp_shared_dir: str | None = None,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         max_model_len: int | None = None,
         load_format: Literal["safetensors", "dummy"] = "safetensors",
@@ -105,6 +110,7 @@ class LLM:
         k8s_tls_cert: str | None = None,
         k8s_tls_key: str | None = None,
         k8s_tls_ca: str | None = None,
+        k8s_transport: KubernetesTransport = "auto",
         strategy: Strategy = "PACK",
         start_timeout: float = 120.0,
         rpc_timeout: float = 600.0,
@@ -124,7 +130,10 @@ class LLM:
         self.config = EngineConfig(
             model=ModelConfig.from_dir(path, dtype=dtype, max_model_len=max_model_len, load_format=load_format),
             parallel=ParallelConfig(
-                tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size
+                tensor_parallel_size=tensor_parallel_size,
+                pipeline_parallel_size=pipeline_parallel_size,
+                pp_transport=pp_transport,
+                pp_shared_dir=pp_shared_dir,
             ),
             cache=CacheConfig(
                 block_size=block_size,
@@ -151,6 +160,7 @@ class LLM:
             k8s_tls_cert=k8s_tls_cert,
             k8s_tls_key=k8s_tls_key,
             k8s_tls_ca=k8s_tls_ca,
+            k8s_transport=k8s_transport,
             strategy=strategy,
             start_timeout=start_timeout,
             rpc_timeout=rpc_timeout,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, cast
@@ -20,6 +20,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from lightvllm.errors import ConfigError, LightvllmError
 from lightvllm.layers.memory import Memory
+from lightvllm.transfer.group import PointToPoint
 
 CONNECT_TIMEOUT = 120.0
 """Seconds to wait for the other workers of a group when it is formed."""
@@ -39,15 +40,13 @@ def _peers(doing: str) -> Iterator[None]:
         ) from error
 
 
-class _Group(Protocol):
+class _Group(PointToPoint, Protocol):
     """What gloo's and NCCL's groups have in common (torch types neither); a call blocks in ``Work.wait``."""
 
     def allreduce(self, tensors: list[Tensor], /) -> dist.Work: ...
     def gather(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], options: dist.GatherOptions, /
     ) -> dist.Work: ...
-    def send(self, tensors: list[Tensor], rank: int, tag: int, /) -> dist.Work: ...
-    def recv(self, tensors: list[Tensor], rank: int, tag: int, /) -> dist.Work: ...
 
 
 def host_address() -> str:
@@ -103,6 +102,8 @@ class ParallelContext:
 
     Attributes:
         memory: where the layers of this rank put their weights.
+        stage_groups: of the equal tensor ranks of all stages, for headers (gloo) and for tensors (gloo or NCCL); None
+            where hidden states go another way.
     """
 
     def __init__(
@@ -112,14 +113,14 @@ class ParallelContext:
         tp_size: int = 1,
         pp_size: int = 1,
         tp_group: _Group | None = None,
-        pp_group: _Group | None = None,
+        stage_groups: tuple[PointToPoint, PointToPoint] | None = None,
     ) -> None:
         self.device = device
         self.memory = Memory(device)
         self.tp_size, self.pp_size = tp_size, pp_size
         self.pp_rank, self.tp_rank = divmod(rank, tp_size)
-        self._tp_group, self._pp_group = tp_group, pp_group
-        self._sending: tuple[dist.Work, Tensor] | None = None
+        self._tp_group = tp_group
+        self.stage_groups = stage_groups
 
     @classmethod
     def connect(
@@ -131,21 +132,26 @@ class ParallelContext:
         store: Store,
         timeout: float,
         local: bool,
+        stages: bool = True,
     ) -> ParallelContext:
-        """Join the groups of ``rank``: its stage's tensor ranks, and the equal tensor ranks of all stages.
+        """Join the groups of ``rank``: its stage's tensor ranks and, if ``stages``, the equal ranks of all stages.
 
         ``timeout`` in seconds is for each collective; ``local`` says that all workers are on this host.
         """
         context = cls(device, rank, tp_size, pp_size)
 
-        def group(name: str, group_rank: int, size: int) -> _Group | None:
-            if size == 1:
-                return None
-            return _process_group(device, PrefixStore(name, store), group_rank, size, timeout, local)
+        def group(name: str, on: torch.device, group_rank: int, size: int) -> _Group:
+            return _process_group(on, PrefixStore(name, store), group_rank, size, timeout, local)
 
         with _peers("the meeting"):
-            context._tp_group = group(f"tp{context.pp_rank}", context.tp_rank, tp_size)
-            context._pp_group = group(f"pp{context.tp_rank}", context.pp_rank, pp_size)
+            if tp_size > 1:
+                context._tp_group = group(f"tp{context.pp_rank}", device, context.tp_rank, tp_size)
+            if pp_size > 1 and stages:
+                name = f"pp{context.tp_rank}"
+                headers = group(name, torch.device("cpu"), context.pp_rank, pp_size)
+                gpu = device.type == "cuda"
+                bodies = group(f"{name}-gpu", device, context.pp_rank, pp_size) if gpu else headers
+                context.stage_groups = (headers, bodies)
         return context
 
     @property
@@ -173,36 +179,6 @@ class ParallelContext:
         with _peers("the gathering of logits"):
             self._tp_group.gather([parts] if parts else [], [x.contiguous()], options).wait()
         return torch.cat(parts, dim=-1) if parts else None
-
-    def send_to_next_stage(self, x: Tensor, tag: int) -> None:
-        """Hand ``x`` to this rank's counterpart in the next stage. It must not be changed afterwards.
-
-        Returns before it has arrived, so that this stage can go on; at most one is on its way. Sender and receiver
-        agree on ``tag``, so that what an abandoned step left behind is never taken for another step's.
-        """
-        assert self._pp_group is not None
-        self.finish_sending()
-        with _peers("sending to the next stage"):
-            self._sending = (self._pp_group.send([x], self.pp_rank + 1, tag), x)
-
-    def finish_sending(self) -> None:
-        """Wait until what ``send_to_next_stage`` sent has been taken."""
-        if self._sending is not None:
-            work, _ = self._sending
-            self._sending = None
-            with _peers("sending to the next stage"):
-                work.wait()
-
-    def abandon_sending(self) -> None:
-        """Forget what was sent but not taken, because the step that it belonged to has failed."""
-        self._sending = None
-
-    def receive_from_previous_stage(self, shape: Sequence[int], dtype: torch.dtype, tag: int) -> Tensor:
-        assert self._pp_group is not None
-        x = torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        with _peers("receiving from the previous stage"):
-            self._pp_group.recv([x], self.pp_rank - 1, tag).wait()
-        return x
 
 
 def _process_group(device: torch.device, store: Store, rank: int, size: int, timeout: float, local: bool) -> _Group:

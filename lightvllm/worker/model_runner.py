@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from lightvllm.messages import Tensor as TensorMessage
 from lightvllm.models.loader import load_weights
 from lightvllm.models.registry import build_model, torch_dtype
 from lightvllm.sampling_params import SamplingParams
+from lightvllm.transfer import tensors
+from lightvllm.transfer.stage import StageTransport
 from lightvllm.worker.input_batch import Batch, SequenceTable
 
 
@@ -30,8 +34,15 @@ class ModelRunner:
         return_logits: whether steps return their logits; at first as configured.
     """
 
-    def __init__(self, config: EngineConfig, parallel: ParallelContext, attention: AttentionBackend) -> None:
-        self._config, self._parallel, self._attention = config, parallel, attention
+    def __init__(
+        self,
+        config: EngineConfig,
+        parallel: ParallelContext,
+        attention: AttentionBackend,
+        stages: StageTransport | None = None,
+    ) -> None:
+        """``stages`` are this rank's neighbours in the pipeline; None where there is one stage only."""
+        self._config, self._parallel, self._attention, self._stages = config, parallel, attention, stages
         self._device, self._dtype = parallel.device, torch_dtype(config.model)
         self._block_size = config.cache.block_size
         self.return_logits = config.return_logits
@@ -79,7 +90,8 @@ class ModelRunner:
     def reset_sequences(self) -> None:
         """Forget all sequences and whatever a failed step left unfinished. No step may be running on any rank."""
         self._sequences.clear()
-        self._parallel.abandon_sending()
+        if self._stages is not None:
+            self._stages.reset()
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput | None:
@@ -89,17 +101,73 @@ class ModelRunner:
         sequences: call ``reset_sequences`` on all and send the sequences as new.
         """
         began = time.perf_counter()
+        stages, parallel = self._stages, self._parallel
+        if stages is None and parallel.pp_size > 1:
+            raise LightvllmError("there is no transport to the other stages; call connect_stage_transport first")
+        try:
+            batch = self._begin(step)
+            x = None
+            if batch is not None:
+                x = batch.input_ids
+                if stages is not None and not parallel.is_first_stage:
+                    x = stages.receive(self._hidden_shape(batch), self._dtype, step.step)
+                x = self._run_stage(batch, x)
+        except Exception:
+            if stages is not None and not parallel.is_last_stage and step.scheduled:
+                with contextlib.suppress(LightvllmError):  # the first error counts; the next stage has a time-out
+                    stages.send_failure(step.step)
+            raise
+        if parallel.is_last_stage:
+            return self._output(step, batch, x, began)
+        if stages is not None and x is not None:
+            stages.send(x, step.step)
+        return None
+
+    @torch.inference_mode()
+    def execute_stage(self, step: StepInput, hidden: Sequence[Tensor]) -> tuple[StepOutput | None, list[Tensor]]:
+        """``execute`` with the hidden states from the caller's hands and into them; see ``Worker.execute_stage``."""
+        began = time.perf_counter()
+        batch = self._begin(step)
+        if batch is None or self._parallel.is_first_stage:
+            if hidden:
+                where = "the first stage" if self._parallel.is_first_stage else "a step without tokens"
+                raise LightvllmError(f"step {step.step}: {len(hidden)} tensors came for {where}; expected none")
+            x = None if batch is None else self._run_stage(batch, batch.input_ids)
+        else:
+            expected = self._hidden_shape(batch)
+            if [(tuple(one.shape), one.dtype) for one in hidden] != [(expected, self._dtype)]:
+                got = ", ".join(f"{one.dtype} {list(one.shape)}" for one in hidden) or "none"
+                raise LightvllmError(
+                    f"step {step.step}: the hidden states that came are {got}; expected {self._dtype} {list(expected)}"
+                )
+            x = self._run_stage(batch, tensors.to_device(hidden[0], self._device))
+        if self._parallel.is_last_stage:
+            return self._output(step, batch, x, began), []
+        return None, [] if x is None else [x]
+
+    def _hidden_shape(self, batch: Batch) -> tuple[int, int]:
+        return batch.num_tokens, self._config.model.hidden_size
+
+    def _begin(self, step: StepInput) -> Batch | None:
+        """Take in what the step says of the sequences; None if nothing is to be computed."""
         if not self._caches:
             raise LightvllmError("there is no KV cache to run a step with; call initialize_from_config first")
         self._sequences.update(step)
-        logits, batch = None, None
-        if step.scheduled:
-            batch = self._sequences.batch(step.scheduled)
-            hidden = self._run_stage(batch, step.step)
-            if hidden is not None and batch.sampled:
-                rows = hidden if batch.logits_rows is None else hidden.index_select(0, batch.logits_rows)
-                logits = self._model.compute_logits(rows)
-        if not (self._parallel.is_last_stage and self._parallel.tp_rank == 0):
+        return self._sequences.batch(step.scheduled) if step.scheduled else None
+
+    def _run_stage(self, batch: Batch, x: Tensor) -> Tensor:
+        """From token ids, or the hidden states of the stage before, to this stage's; after the norm in the last one."""
+        metadata = batch.metadata
+        metadata.plan = self._attention.plan(metadata, self._block_size)
+        return self._model(x, batch.positions, self._caches, metadata)
+
+    def _output(self, step: StepInput, batch: Batch | None, hidden: Tensor | None, began: float) -> StepOutput | None:
+        """The step's result in the last stage, on tensor rank 0."""
+        logits = None
+        if batch is not None and hidden is not None and batch.sampled:
+            rows = hidden if batch.logits_rows is None else hidden.index_select(0, batch.logits_rows)
+            logits = self._model.compute_logits(rows)
+        if self._parallel.tp_rank != 0:
             return None
         if batch is None or logits is None:
             return StepOutput(step=step.step, seq_ids=[], token_ids=[], model_seconds=time.perf_counter() - began)
@@ -112,22 +180,6 @@ class ModelRunner:
             logits=_message(logits) if self.return_logits else None,
             model_seconds=time.perf_counter() - began,
         )
-
-    def _run_stage(self, batch: Batch, step: int) -> Tensor | None:
-        """Hidden states after the last stage's norm; None in the stages before, which hand theirs on."""
-        parallel, metadata = self._parallel, batch.metadata
-        metadata.plan = self._attention.plan(metadata, self._block_size)
-        tag = step & 0x7FFFFFFF
-        if parallel.is_first_stage:
-            x = batch.input_ids
-        else:
-            shape = (batch.num_tokens, self._config.model.hidden_size)
-            x = parallel.receive_from_previous_stage(shape, self._dtype, tag)
-        x = self._model(x, batch.positions, self._caches, metadata)
-        if parallel.is_last_stage:
-            return x
-        parallel.send_to_next_stage(x, tag)
-        return None
 
     def warm_up(self) -> None:
         """Run a prefill and a decode in the first block of the cache, so that the first real step finds kernels
@@ -156,7 +208,6 @@ class ModelRunner:
         if then_decode:
             decodes = [ScheduledSequence(s.seq_id, s.count, 1, [0], []) for s in scheduled]
             self.execute(StepInput(step=-2, scheduled=decodes))
-        self._parallel.finish_sending()
         self.reset_sequences()
 
 

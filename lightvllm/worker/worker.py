@@ -1,14 +1,16 @@
 """The worker: one rank of a model, called by name through ``messages.invoke``.
 
-The calls come in this order: ``init_worker``, ``open_rendezvous`` (rank 0 of several), ``init_device``,
+The calls come in this order: ``init_worker``, ``open_rendezvous`` (rank 0, where there are process groups),
+``open_stage_transport`` (of several stages), ``init_device``, ``connect_stage_transport`` (of several stages),
 ``load_model``, ``get_kv_cache_spec``, ``determine_available_memory``, ``initialize_from_config``,
-``compile_or_warm_up_model``, and then ``execute_model`` for every step. ``init_worker`` may be called again, to form
-a new group; it drops everything. One call runs at a time.
+``compile_or_warm_up_model``, and then ``execute_model`` for every step; ``close_stage_transport`` at the end.
+``init_worker`` may be called again, to form a new group; it drops everything. One call runs at a time.
 """
 
 from __future__ import annotations
 
 import os
+import weakref
 from typing import TypeVar
 
 import psutil
@@ -20,6 +22,9 @@ from lightvllm.errors import ConfigError, LightvllmError
 from lightvllm.layers.attention import AttentionBackend, attention_backend
 from lightvllm.layers.parallel import ParallelContext, host_address, join_store, open_store
 from lightvllm.messages import CacheSpec, StepInput, StepOutput, WorkerInfo, WorkerInit
+from lightvllm.messages import Tensor as TensorMessage
+from lightvllm.transfer import tensors
+from lightvllm.transfer.stage import StageConnector, StageTransport
 from lightvllm.worker.model_runner import ModelRunner
 
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
@@ -38,6 +43,9 @@ class Worker:
         self._threads = 1
         self._attention: AttentionBackend | None = None
         self._parallel: ParallelContext | None = None
+        self._connector: StageConnector | None = None
+        self._stages: StageTransport | None = None
+        self._end_stages: weakref.finalize[..., Worker] | None = None
         self._runner: ModelRunner | None = None
 
     def init_worker(self, init: WorkerInit) -> None:
@@ -45,6 +53,7 @@ class Worker:
 
         Raises ConfigError when this machine has not got what the configuration asks for.
         """
+        self.close_stage_transport()
         self._runner = self._parallel = self._store = self._attention = None
         config = init.config.device
         self._device = _choose_device(config.device, init.device_index)
@@ -55,6 +64,9 @@ class Worker:
         kernels.use(config.kernels)
         kernels.set_num_threads(self._threads)
         self._attention = attention_backend(config.attention_backend, self._device)
+        if init.config.parallel.pipeline_parallel_size > 1:
+            self._connector = StageConnector(init, self._device)
+            self._end_stages = weakref.finalize(self, self._connector.close)  # also at the interpreter's exit
         self._init = init
 
     def open_rendezvous(self) -> str:
@@ -64,12 +76,19 @@ class Worker:
         self._store, address = open_store("127.0.0.1" if local else host_address(), init.world_size)
         return address
 
+    def open_stage_transport(self) -> str:
+        """Be ready for hidden states from the stage before; the address at which, ``""`` where none is needed."""
+        connector = self._known(self._connector, "init_worker, with several pipeline stages,")
+        return connector.open(host_address())
+
     def init_device(self, rendezvous: str) -> None:
-        """Join the process groups; ``rendezvous`` is ``""`` for a world of one. Returns when all peers have come."""
+        """Join the process groups; ``rendezvous`` is ``""`` where there are none. Returns when all peers have come."""
         init = self._known(self._init, "init_worker")
         layout = init.config.parallel
-        if init.world_size == 1:
-            self._parallel = ParallelContext(self._device)
+        if not layout.needs_process_groups:
+            self._parallel = ParallelContext(
+                self._device, init.rank, layout.tensor_parallel_size, layout.pipeline_parallel_size
+            )
             return
         store = self._store if self._store is not None else join_store(rendezvous, init.world_size)
         self._store = store
@@ -81,14 +100,30 @@ class Worker:
             store,
             layout.collective_timeout,
             local=init.local_world_size == init.world_size,
+            stages=layout.pp_transport == "torch",
         )
+
+    def connect_stage_transport(self, next_address: str) -> None:
+        """Connect to the stage behind, at what ``open_stage_transport`` returned there; ``""`` in the last stage."""
+        connector = self._known(self._connector, "init_worker, with several pipeline stages,")
+        self._stages = connector.connect(next_address, self._known(self._parallel, "init_device").stage_groups)
+
+    def close_stage_transport(self) -> None:
+        """End its threads, listeners, connections and files. Steps cannot be run any more where there are several
+        stages."""
+        self._connector = self._stages = None
+        if self._end_stages is not None:
+            self._end_stages()
 
     def load_model(self) -> WorkerInfo:
         """Load this rank's part of the weights."""
         init = self._known(self._init, "init_worker")
         attention = self._known(self._attention, "init_worker")
         self._runner = None  # never two copies
-        self._runner = ModelRunner(init.config, self._known(self._parallel, "init_device"), attention)
+        parallel = self._known(self._parallel, "init_device")
+        if init.config.parallel.pipeline_parallel_size > 1:
+            self._known(self._stages, "connect_stage_transport")
+        self._runner = ModelRunner(init.config, parallel, attention, self._stages)
         return WorkerInfo(
             rank=init.rank,
             device=str(self._device),
@@ -96,6 +131,7 @@ class Worker:
             attention_backend=attention.name,
             kernels="compiled" if kernels.compiled() else "reference",
             parameter_bytes=self._runner.parameter_bytes,
+            pp_transport=self._stages.name if self._stages else "",
         )
 
     def get_kv_cache_spec(self) -> CacheSpec:
@@ -140,6 +176,19 @@ class Worker:
     def execute_model(self, step: StepInput) -> StepOutput | None:
         """One step; the result on the output rank, None on the others."""
         return self._known(self._runner, "load_model").execute(step)
+
+    def execute_stage(
+        self, step: StepInput, hidden: list[TensorMessage]
+    ) -> tuple[StepOutput | None, list[TensorMessage]]:
+        """One step of this rank's stage alone, whose input and output the caller carries.
+
+        Takes what the stage before returned, nothing in the first one; returns the result as ``execute_model`` does,
+        and the hidden states [num_tokens, hidden_size] for the stage behind, nothing in the last one. All tensor ranks
+        of a stage must be called, with the same arguments, in one stage after the other.
+        """
+        runner = self._known(self._runner, "load_model")
+        output, states = runner.execute_stage(step, [tensors.from_message(one) for one in hidden])
+        return output, [tensors.to_message(one) for one in states]
 
     def reset_sequences(self) -> None:
         """Forget all sequences; the weights and the cache stay."""
