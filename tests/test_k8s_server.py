@@ -137,6 +137,26 @@ def test_health_needs_no_token(channel: Any) -> None:
     assert session.stream.is_active()
 
 
+@pytest.mark.parametrize(("name", "code"), [("Check", grpc.StatusCode.OK), ("Watch", grpc.StatusCode.UNAUTHENTICATED)])
+def test_strangers_who_never_send_their_request_keep_nobody_out(channel: Any, name: str, code: Any) -> None:
+    """Each would hold one of the server's threads if it waited for the request."""
+    silence: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    method = channel.stream_stream(f"/grpc.health.v1.Health/{name}")
+    calls = [method(iter(silence.get, None), timeout=10.0) for _ in range(20)]
+    assert [call.code() for call in calls] == [code] * 20
+    for _ in calls:
+        silence.put(None)
+    session = Session(channel)
+    init_worker(channel)
+    assert session.ask(1, "echo", 1) == 1
+
+
+def test_the_request_of_a_strangers_health_check_is_not_read(channel: Any) -> None:
+    """One above the size limit would be answered by RESOURCE_EXHAUSTED if it were; one below it would be taken in."""
+    call = channel.unary_unary("/grpc.health.v1.Health/Check", None, health_pb2.HealthCheckResponse.FromString)
+    assert call(bytes(2 * MESSAGE_LIMIT), timeout=LIMIT).status == health_pb2.HealthCheckResponse.SERVING
+
+
 # ------------------------------------------------------------------------------------------- one driver, one worker
 
 

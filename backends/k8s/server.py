@@ -129,21 +129,27 @@ def _serve(bootstrap: Bootstrap, status_fd: int) -> Host:
 
 
 class _RequireToken:
-    """Interceptor: lets nothing but health checks through without the token, before any message is read.
+    """Interceptor: without the token nothing but a health check is answered, and no message is read.
 
     A ``grpc.ServerInterceptor`` in all but name, which has no types.
     """
 
-    def __init__(self, token: Token) -> None:
+    def __init__(self, token: Token, check_health: Callable[[], bytes]) -> None:
+        """``check_health`` gives the encoded answer to a health check."""
         self._token = token
-        # A stream handler for every method: a unary one would have read the request first.
+        self._check_health = check_health
+        # Stream handlers for every method: a unary one would first wait for the request, in one of the few threads that
+        # there are, and for as long as a stranger likes; or take in one as large as a driver's.
         self._refusal = grpc.stream_stream_rpc_method_handler(self._refuse)
+        self._health = grpc.stream_stream_rpc_method_handler(self._answer)
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
-        allowed = details.method.startswith(f"/{health.SERVICE_NAME}/")
-        if allowed or self._token.matches(details.invocation_metadata):
+        if self._token.matches(details.invocation_metadata):
             return continuation(details)
-        return self._refusal
+        return self._health if details.method == f"/{health.SERVICE_NAME}/Check" else self._refusal
+
+    def _answer(self, _: object, context: Any) -> Iterator[bytes]:
+        yield self._check_health()
 
     @staticmethod
     def _refuse(_: object, context: Any) -> None:
@@ -170,8 +176,8 @@ class Host:
         self._answered: Future[pb.InitWorkerReply] = Future()
         self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self.ended = threading.Event()
-        interceptors: Any = [_RequireToken(Token(bootstrap.token))]
         self._health = health.HealthServicer()
+        interceptors: Any = [_RequireToken(Token(bootstrap.token), self._encoded_health)]
         self._server = grpc.server(
             ThreadPoolExecutor(_THREADS, thread_name_prefix="lightvllm-grpc"),
             interceptors=interceptors,
@@ -199,6 +205,12 @@ class Host:
 
     def close(self) -> None:
         self._server.stop(0.2).wait()
+
+    def _encoded_health(self) -> bytes:
+        """Of the server as a whole, whichever service a stranger asks for."""
+        no_context: Any = None  # it is for names of services that are not there
+        answer: bytes = self._health.Check(health_pb2.HealthCheckRequest(), no_context).SerializeToString()
+        return answer
 
     # ------------------------------------------------------------------------------------------- the session
 
