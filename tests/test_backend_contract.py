@@ -38,6 +38,14 @@ def make_k8s() -> Backend:
     return KubernetesBackend()
 
 
+def make_k8s_grpc() -> Backend:
+    """With the calls on the session's stream, instead of the direct connection beside it."""
+    pytest.importorskip("grpc", reason="the k8s extra is not installed")
+    from lightvllm.backends.k8s.backend import KubernetesBackend
+
+    return KubernetesBackend(transport="grpc")
+
+
 def make_ray() -> Backend:
     pytest.importorskip("ray", reason="the ray extra is not installed")
     from lightvllm.backends.ray.backend import RayBackend
@@ -45,10 +53,10 @@ def make_ray() -> Backend:
     return RayBackend()
 
 
-BACKENDS = {"uniproc": make_inprocess, "k8s": make_k8s, "ray": make_ray}
+BACKENDS = {"uniproc": make_inprocess, "k8s": make_k8s, "k8s-grpc": make_k8s_grpc, "ray": make_ray}
 MARKS = {"ray": [pytest.mark.ray]}
 ALL = [pytest.param(name, marks=MARKS.get(name, [])) for name in BACKENDS]
-PROCESSES = [pytest.param(name, marks=MARKS.get(name, [])) for name in ("k8s", "ray")]
+PROCESSES = [pytest.param(name, marks=MARKS.get(name, [])) for name in ("k8s", "k8s-grpc", "ray")]
 
 
 class Failures:
@@ -252,7 +260,7 @@ class TestProcessBackends:
     def test_two_backends_at_once_do_not_disturb_each_other(
         self, backend: Backend, placed: list[WorkerRef], request: pytest.FixtureRequest
     ) -> None:
-        other = BACKENDS[backend.name]()
+        other = BACKENDS[request.node.callspec.params["backend"]]()
         try:
             others = other.place(Placement(world_size=2, worker_class=WORKER), Failures(), LIMIT)
             assert not {worker.pid for worker in others} & {worker.pid for worker in placed}

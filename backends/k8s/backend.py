@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
+import itertools
 import platform
 import socket
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, get_args
+from typing import Any
 
-from lightvllm.backends.base import OnFailure, Placement, Progress, WorkerRef
+from lightvllm.backends.base import BackendGraph, Graph, OnFailure, Placement, Progress, WorkerRef
 from lightvllm.backends.k8s.discovery import Discovery, Endpoint, LocalProcesses, StaticAddresses
 from lightvllm.backends.k8s.process import MAX_MESSAGE_BYTES
 from lightvllm.backends.k8s.reactor import Reactor
 from lightvllm.backends.k8s.security import Tls, Token
+from lightvllm.config import KUBERNETES_TRANSPORTS, KubernetesTransport
 from lightvllm.errors import (
     ConfigError,
     MissingExtra,
@@ -29,7 +31,8 @@ from lightvllm.messages import Buffer, decode_reply
 from lightvllm.version import __version__
 
 try:
-    from lightvllm.backends.k8s.session import Transport, WorkerSession
+    from lightvllm.backends.k8s.graph import GraphWorker, compile_graph
+    from lightvllm.backends.k8s.session import WorkerSession
     from lightvllm.backends.k8s.wire import CallEncoder
 except ImportError as missing:
     if missing.name is None or missing.name.partition(".")[0] not in ("grpc", "grpc_health", "google"):
@@ -68,7 +71,7 @@ class KubernetesBackend:
         tls_cert: str | None = None,
         tls_key: str | None = None,
         tls_ca: str | None = None,
-        transport: Transport = "auto",
+        transport: KubernetesTransport = "auto",
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         """Starts and connects to nothing.
@@ -85,11 +88,12 @@ class KubernetesBackend:
             ConfigError: the options contradict each other, a file cannot be used, an address is malformed or unsafe.
         """
         self.driver_node = socket.gethostname()
-        if transport not in get_args(Transport):
-            raise ConfigError(f"k8s_transport={transport!r} is unknown; use one of {', '.join(get_args(Transport))}")
+        if transport not in KUBERNETES_TRANSPORTS:
+            raise ConfigError(f"transport={transport!r} is unknown; use one of {', '.join(KUBERNETES_TRANSPORTS)}")
         self._max_message_bytes = max_message_bytes
         self._transport = transport
         self._encoder = CallEncoder()
+        self._graph_ids = itertools.count(1)
         self._reactor: Reactor | None = None
         self._discovery: Discovery
         tls = Tls.from_options(tls_cert, tls_key, tls_ca)
@@ -141,6 +145,8 @@ class KubernetesBackend:
             refs = self._wait_placed(members, deadline, timeout, progress)
             self._discovery.connected()
             _check_nodes(request, refs)
+            if progress:
+                progress(self._what_was_decided())
             with self._changed:
                 if dead := next((member.died for member in members if member.died), None):
                     raise PlacementError(f"{len(members) - 1} of {len(members)} workers: {dead}")
@@ -264,6 +270,22 @@ class KubernetesBackend:
             self._reactor.wait(future, timeout)
         else:
             concurrent.futures.wait((future,), timeout)
+
+    def _what_was_decided(self) -> str:
+        """What carries the calls, and why the slower where the faster was wanted."""
+        sessions = {id_: member.session for id_, member in self._members.items() if member.session is not None}
+        slow = [f"{id_}: {session.why_not_direct}" for id_, session in sessions.items() if session.why_not_direct]
+        said = f"calls go by {' and '.join(sorted({session.carrier for session in sessions.values()}))}"
+        return f"{said} (no direct connection to {'; '.join(slow)})" if slow else said
+
+    def compile(self, graph: Graph, timeout: float) -> BackendGraph:
+        """Links between workers are opened here: Unix sockets between local workers, else TCP, with mutual TLS of the
+        graph's own CA if the workers' servers have TLS."""
+        workers = {}
+        for id_, member in self._members.items():
+            assert member.session is not None  # a graph is written with workers that have been placed
+            workers[id_] = GraphWorker(member.session, member.endpoint.target, member.endpoint.tls is not None)
+        return compile_graph(graph, next(self._graph_ids), workers, self.wait, timeout)
 
     @property
     def carriers(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import logging
 import os
 import select
 import threading
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightvllm.transfer.frames import SPIN_SECONDS, Frame, FrameSocket
+
+logger = logging.getLogger(__name__)
 
 _LINGER_SECONDS = 0.002
 
@@ -149,11 +152,11 @@ class Reactor:
             try:
                 self._reader = threading.get_ident()
                 while not self._aside and not self._closed.is_set():
-                    self._handle(self._epoll.poll())
+                    self._handle_here(self._epoll.poll())
             finally:
                 self._aside, self._reader = False, None
                 self._reading.release()
-        with self._reading:  # nobody is in poll() now
+        with self._reading, self._guard:  # nobody is in poll(), or ringing, now
             self._epoll.close()
             os.close(self._bell)
 
@@ -181,6 +184,13 @@ class Reactor:
             except BaseException as error:  # Ctrl-C in this very moment: what was read of the frame may be lost
                 self._broke(connection, f"reading its reply was interrupted ({type(error).__name__})")
                 raise
+
+    def _handle_here(self, events: list[tuple[int, int]]) -> None:
+        """``_handle`` in the reactor's own thread, which outlives whatever a callback raises."""
+        try:
+            self._handle(events)
+        except BaseException:
+            logger.exception("a callback raised; the connection whose frame it was for has been given up")
 
     def _broke(self, connection: _Connection, reason: str) -> None:
         self.remove(connection.link)

@@ -23,13 +23,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lightvllm.backends.k8s import wire
 from lightvllm.backends.k8s.reactor import Reactor
 from lightvllm.backends.k8s.security import Tls, Token
+from lightvllm.config import KubernetesTransport
 from lightvllm.errors import AuthError, ConfigError, LightvllmError, PlacementError, Shutdown
 from lightvllm.messages import Buffer
 from lightvllm.proto import worker_pb2 as pb
 from lightvllm.transfer import frames, link
 from lightvllm.transfer.frames import Frame, FrameSocket
-
-Transport = Literal["auto", "grpc", "direct"]
 
 _PROBE_SECONDS = 2.0  # for one health check
 _BACK_OFF_SECONDS = (0.1, 1.0)  # between two of them: first, most
@@ -49,6 +48,7 @@ class WorkerSession:
     Attributes:
         ended: set when the session is over, whoever ended it.
         carrier: what carries the calls, once the worker is initialised: ``"grpc"`` or ``"direct"``.
+        why_not_direct: why it is gRPC, if that was left to be seen.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class WorkerSession:
         *,
         max_message_bytes: int,
         on_break: Callable[[str], None],
-        transport: Transport = "grpc",
+        transport: KubernetesTransport = "grpc",
         reactor: Reactor | None = None,
         encoder: wire.CallEncoder | None = None,
     ) -> None:
@@ -95,6 +95,7 @@ class WorkerSession:
         self._cancelled = threading.Event()
         self.ended = threading.Event()
         self.carrier: Literal["grpc", "direct"] = "grpc"
+        self.why_not_direct = ""
 
     # -------------------------------------------------------------------------------------------- placement
 
@@ -158,6 +159,7 @@ class WorkerSession:
             self._raise_if_over()
             if self._transport == "direct":
                 raise PlacementError(f"{self._who}: no direct connection: {error}") from None
+            self.why_not_direct = str(error)
             return
         with self._lock:
             if self._over is None:
@@ -228,6 +230,12 @@ class WorkerSession:
         """The method that is being executed, as far as is known here."""
         with self._lock:
             return self._pending[0][1] if self._pending else None
+
+    def refusal(self, method: str, size: int) -> LightvllmError | None:
+        """What a call with a payload of ``size`` bytes would fail with at once."""
+        if size > self._limit:
+            return ConfigError(f"the call of {method} is {size} bytes, more than max_message_bytes={self._limit}")
+        return self._over
 
     def call(self, method: str, payload: Buffer) -> Future[Buffer]:
         """Send a call. The future has failed already if the session is over or the payload is too large."""
