@@ -166,7 +166,10 @@ class DistributedExecutor(Executor):
         if (failure := self._failed_with()) is not None:
             raise failure
         with self._send_lock:
-            return graph.execute(inputs)
+            future = graph.execute(inputs)
+        if future.done() and isinstance(error := future.exception(), LightvllmError):
+            raise self.ranked(error)  # of a death that has not been reported to this executor yet
+        return future
 
     def wait(self, future: Future[Any], timeout: float) -> None:
         """``Backend.wait``."""

@@ -57,4 +57,4 @@ def test_a_class_that_cannot_be_had_is_an_answer(environ: pytest.MonkeyPatch) ->
 def test_a_call_before_start_is_an_error_and_no_crash() -> None:
     method, payload = encode_call("echo", (1,), None)
     with pytest.raises(Exception, match="has no attribute 'echo'"):
-        decode_reply(method, WorkerHost().call(method, payload))
+        decode_reply(method, WorkerHost().call(0, method, payload))

@@ -5,7 +5,7 @@ It places actors and moves bytes; what they mean is ``messages``' business, whic
 
 Two threads do not belong to the caller. Ray completes a future on its own I/O thread, from which Ray must not be
 called again; so that thread only puts the event into a queue, and ``_deliver`` resolves the caller's future. And
-whatever in Ray may block for long runs in a short-lived thread (``_in_thread``), so that every wait here ends on
+whatever in Ray may block for long runs in a short-lived thread (``cluster.in_thread``), so that every wait here ends on
 time, on ``shutdown`` and on Ctrl-C.
 
 A worker's end is seen by a call that never returns, ``WorkerHost.watch``: Ray fails it some ten milliseconds after
@@ -14,6 +14,7 @@ the process is gone, whether or not any call is pending.
 
 from __future__ import annotations
 
+import collections
 import logging
 import queue
 import re
@@ -21,19 +22,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 
-from lightvllm.backends.base import OnFailure, Placement, Progress, WorkerRef
+from lightvllm.backends.base import BackendGraph, Graph, OnFailure, Placement, Progress, WorkerRef
 from lightvllm.backends.ray import cluster
-from lightvllm.backends.ray.cluster import Lease, LocalClusterConfig, one_line
-from lightvllm.errors import ConfigError, LightvllmError, PlacementError, Shutdown, WorkerDied, WorkerError
+from lightvllm.backends.ray.cluster import Lease, LocalClusterConfig, in_thread, one_line
+from lightvllm.backends.ray.graph import MAX_GRAPHS, GraphFuture, Part, RayGraph
+from lightvllm.errors import ConfigError, LightvllmError, PlacementError, RpcTimeout, Shutdown, WorkerDied, WorkerError
 from lightvllm.messages import Buffer, decode_reply
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 SHARED_PAYLOAD_BYTES = 100 * 1024  # from here Ray puts an argument into shared memory: once for all workers is enough
 _CLEAN_UP_SECONDS = 3.0  # for what Ray does at the end, where it still answers
 
@@ -69,6 +70,8 @@ class RayBackend:
         self._idle = threading.Event()  # no place() is under way
         self._idle.set()
         self._shared: tuple[bytes, Any] | None = None
+        self._graph_order = threading.Lock()
+        self._graphs: set[RayGraph] = set()  # not torn down
 
     # ------------------------------------------------------------------------------------------- placement
 
@@ -87,7 +90,7 @@ class RayBackend:
         try:
             where = f"to connect to Ray at {self._address}" if self._address else "for Ray to start"
             tell(f"waiting {where}")
-            self._connecting = _in_thread(self._connect)
+            self._connecting = in_thread(self._connect)
             late = f"0 of {request.world_size} workers within {timeout:g} s; still waiting {where}"
             self._await([self._connecting], deadline, late)
             self._start_actors(request)
@@ -133,7 +136,9 @@ class RayBackend:
         if self._lease.is_local and (missing := _never_fits(ray, request)):
             raise PlacementError(missing)
         self._group = ray.util.placement_group([bundle] * request.world_size, strategy=request.strategy)
-        host = ray.remote(concurrency_groups={"watch": 1})(WorkerHost)
+        # Ray runs the loops of compiled graphs in a group of its own, by default one at a time.
+        groups = {"watch": 1, "control": 1, "_ray_system": MAX_GRAPHS}
+        host = ray.remote(concurrency_groups=groups)(WorkerHost)
         for index in range(request.world_size):
             handle = host.options(
                 num_cpus=bundle.get("CPU", 0),
@@ -186,7 +191,7 @@ class RayBackend:
 
     def _what_is_missing(self, request: Placement) -> str:
         ray = cluster.import_ray()
-        reserved = _in_thread(lambda: bool(self._group.wait(0.01)))
+        reserved = in_thread(lambda: bool(self._group.wait(0.01)))
         wait([reserved], 1.0)
         if reserved.done() and not reserved.exception() and reserved.result():
             late = ", ".join(actor.ref.id for actor in self._actors.values() if not actor.ref.pid)
@@ -215,13 +220,20 @@ class RayBackend:
                 future.set_exception(actor.ended)
                 return future
             try:
-                reply = actor.handle.call.remote(method, self._argument(payload))
+                reply = actor.handle.call.remote(actor.next_number, method, self._argument(payload))
             except Exception as error:  # noqa: BLE001  Ray's, which may not come out
                 future.set_exception(LightvllmError(f"Ray could not send {method} to {worker.id}: {one_line(error)}"))
                 return future
+            actor.next_number += 1
             actor.pending.add(future)
         self._follow(actor, reply, future, method)
         return future
+
+    def wait(self, future: Future[Any], timeout: float) -> None:
+        if isinstance(future, GraphFuture):
+            future.wait(timeout)
+        else:
+            wait([future], timeout)
 
     def _argument(self, payload: Buffer) -> Any:
         """What to hand to Ray: the bytes, or for many of them a reference that the other workers' calls share."""
@@ -271,6 +283,37 @@ class RayBackend:
                 except Exception:
                     logger.exception("on_failure raised for %s", actor.ref.id)
 
+    # ---------------------------------------------------------------------------------------------- graphs
+
+    def compile(self, graph: Graph, timeout: float) -> BackendGraph:
+        _check(graph)
+        counts = collections.Counter(node.worker for node in graph.nodes)
+        actors = [self._actors[worker] for worker in counts]
+        parts = [Part(a.ref.id, a.handle, counts[a.ref.id], a.take_numbers) for a in actors]
+        made = RayGraph(graph, parts, self._graph_order, self._graphs.discard)
+        self._graphs.add(made)
+        try:
+            for actor in actors:
+                actor.join(made)
+        except LightvllmError as error:
+            made.fail(error)
+            raise
+        building = in_thread(made.build)
+        ended = made.ended
+        awaited: list[Future[Any]] = [building, ended]
+        wait(awaited, timeout, FIRST_COMPLETED)
+        if building.done() and building.exception() is not None:  # of a death we hear in a moment
+            wait([ended], _CLEAN_UP_SECONDS)
+        if ended.done():
+            raise ended.result()
+        if not building.done():
+            made.fail(ConfigError("the graph was not compiled in time"))
+            raise RpcTimeout(f"compile: the graph's workers did not learn it within {timeout:g} s; are they busy?")
+        if (failure := building.exception()) is not None:
+            made.fail(ConfigError("the graph could not be compiled"))
+            raise LightvllmError(f"Ray could not compile the graph: {one_line(failure)}") from failure
+        return made
+
     # --------------------------------------------------------------------------------------------- shutdown
 
     def shutdown(self, timeout: float = 5.0) -> None:
@@ -298,9 +341,11 @@ class RayBackend:
                 wait([self._connecting], max(timeout, _CLEAN_UP_SECONDS))
             lease, self._lease = self._lease, None
             if lease is not None:
-                if not lease.ends_cluster:
+                graphs = [graph.dispose() for graph in list(self._graphs)]
+                if graphs or not lease.ends_cluster:
                     self._remove_actors(timeout)
-                wait([_in_thread(lease.release)], max(timeout, _CLEAN_UP_SECONDS))
+                wait(graphs, max(timeout, _CLEAN_UP_SECONDS))  # Ray's own threads for them would outlive the cluster
+                wait([in_thread(lease.release)], max(timeout, _CLEAN_UP_SECONDS))
             self._events.put(None)
         if threading.current_thread() is not self._deliverer:
             self._deliverer.join(timeout)
@@ -316,7 +361,7 @@ class RayBackend:
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
 
-        removed = _in_thread(remove)
+        removed = in_thread(remove)
         wait([removed], max(timeout, _CLEAN_UP_SECONDS))
         if removed.done() and (error := removed.exception()):
             logger.warning("Ray did not remove all workers: %s", one_line(error))
@@ -337,6 +382,29 @@ class _Actor:
         self.pending: set[Future[Any]] = {self.started}
         self.ended: WorkerDied | Shutdown | None = None
         self.guard = threading.Lock()
+        self.next_number = 0  # of its next call or step (``host.Turns``)
+        self.graphs: set[RayGraph] = set()
+
+    def take_numbers(self, count: int) -> range:
+        """The turns of the next ``count`` calls; raises what it has ended with."""
+        with self.guard:
+            if self.ended is not None:
+                raise self.ended
+            first, self.next_number = self.next_number, self.next_number + count
+            return range(first, self.next_number)
+
+    def join(self, graph: RayGraph) -> None:
+        """Have ``graph`` end with this worker; raises what it has ended with, and ConfigError if it is in too many."""
+        with self.guard:
+            if self.ended is not None:
+                raise self.ended
+            self.graphs = {other for other in self.graphs if other.end is None}
+            if len(self.graphs) >= MAX_GRAPHS:
+                raise ConfigError(
+                    f"{self.ref.id} is part of {MAX_GRAPHS} compiled graphs already, as many as it has threads for on "
+                    "Ray; tear one down"
+                )
+            self.graphs.add(graph)
 
     def end(self, error: WorkerDied | Shutdown) -> bool:
         """Fail what is pending and refuse what comes; False if that has happened before."""
@@ -347,21 +415,9 @@ class _Actor:
             pending, self.pending = self.pending, set()
         for future in pending:
             future.set_exception(error)
+        for graph in self.graphs:
+            graph.fail(error)
         return True
-
-
-def _in_thread(work: Callable[[], T]) -> Future[T]:
-    future: Future[T] = Future()
-    future.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001  raised where the future is looked at
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="lightvllm-ray-work", daemon=True).start()
-    return future
 
 
 def _is_running(pid: int) -> bool:
@@ -369,6 +425,16 @@ def _is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # Ray is in no hurry to reap it
     except psutil.NoSuchProcess:
         return False
+
+
+def _check(graph: Graph) -> None:
+    for node in graph.nodes:
+        if node.transport != "auto":
+            raise ConfigError(
+                f"tensor transport {node.transport!r} of {node.method}: Ray offers 'auto', which is its shared memory"
+            )
+    if graph.overlap_gpu_communication:
+        raise ConfigError("_overlap_gpu_communication: no node uses 'nccl', so there is nothing to overlap")
 
 
 # ------------------------------------------------------------------------------------- what fits, and in words

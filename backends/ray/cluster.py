@@ -20,9 +20,10 @@ import sys
 import tempfile
 import threading
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -32,6 +33,7 @@ from lightvllm.errors import ConfigError, MissingExtra, PlacementError, Shutdown
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _DETACH_SECONDS = 2.0
 _LONGEST_TEMP_ROOT = 20  # characters; Ray puts sockets some 80 characters deeper, and their paths end at 107
 
@@ -75,6 +77,21 @@ def one_line(error: BaseException, limit: int = 300) -> str:
         return type(error).__name__
     text = lines[-1] if any(line.startswith(("Traceback", 'File "')) for line in lines) else " ".join(lines)
     return text if len(text) <= limit else text[:limit] + " …"
+
+
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """Run ``work`` in a thread of its own, so that waiting for it can have an end."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001  raised where the future is looked at
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="lightvllm-ray-work", daemon=True).start()
+    return future
 
 
 def require_ray() -> None:

@@ -1,20 +1,24 @@
 """The actor's side: one worker object in one Ray actor. Runs where the worker runs; the driver sends it there by name.
 
-Calls come in the order in which they were sent and run one at a time, on one thread: Ray gives the actor's default
-concurrency group a thread of its own, and the lock keeps it so for whoever else may come to call the worker.
+Calls run one at a time, in the order in which they were sent. Ray itself keeps that only for plain calls among
+themselves: each compiled graph runs in a thread of its own, fed by shared memory that is faster than a call. So the
+driver gives every plain call and every step of an execution a number, and here each waits for its turn.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 import sys
 import threading
+import traceback
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
-from lightvllm.backends.base import load_worker_class
+from lightvllm.backends.base import Graph, GraphResult, load_worker_class
+from lightvllm.backends.program import Source, dump, load, steps
 from lightvllm.messages import Buffer, encode_failure, invoke
 
 
@@ -33,12 +37,89 @@ def apply_env(env: Mapping[str, str]) -> None:
             sys.path.append(folder)
 
 
+class Turns:
+    """Lets numbered calls through one by one, in the order of their numbers, whichever thread each comes on."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._next = 0
+        self._running = False
+        self._skipped: list[range] = []
+
+    def wait(self, number: int) -> bool:
+        """Return when all before ``number`` are done or skipped; False if it is to be skipped itself."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next >= number and not self._running)
+            if self._next > number:
+                return False
+            self._running = True
+            return True
+
+    def done(self) -> None:
+        """The call that was let through has been done."""
+        with self._changed:
+            self._running = False
+            self._next += 1
+            self._advance()
+
+    def skip(self, numbers: range) -> None:
+        """These will not come, or need not be done if they do. One that is running comes to its end."""
+        with self._changed:
+            self._skipped.append(numbers)
+            if not self._running:
+                self._advance()
+
+    def _advance(self) -> None:
+        while hit := next((numbers for numbers in self._skipped if self._next in numbers), None):
+            self._next = hit.stop
+        self._skipped = [numbers for numbers in self._skipped if numbers.stop > self._next]
+        self._changed.notify_all()
+
+
+class Program:
+    """A worker's part of one graph.
+
+    What passes between workers and driver begins with a header, the same for all values of one execution: for each
+    worker of the graph the number of its first step in that execution, as an unsigned 64 bit integer.
+    """
+
+    def __init__(self, graph: Graph, worker: str, position: int, header_bytes: int) -> None:
+        self.header_bytes = header_bytes
+        self._steps = {step.index: (number, step) for number, step in enumerate(steps(graph, worker))}
+        self._first_number = struct.Struct(f"<{8 * position}xQ").unpack_from
+        self._kept: dict[int, Any] = {}  # results that later steps of this execution use here
+        self._last_use = {
+            source.node: index
+            for index, (_, step) in self._steps.items()
+            for source in step.sources
+            if isinstance(source, GraphResult)
+        }
+
+    def number(self, node: int, header: bytes) -> int:
+        """The turn of a node in the execution with this header."""
+        return int(self._first_number(header)[0]) + self._steps[node][0]
+
+    def run(self, worker: object, node: int, header: bytes, payloads: tuple[Buffer, ...]) -> bytes:
+        """Run a node; what to send on."""
+        _, step = self._steps[node]
+        result = step.run(worker, [self._value(node, *given) for given in zip(step.sources, payloads, strict=True)])
+        if step.kept:
+            self._kept[node] = result
+        return header + dump(result, node) if step.sent else header
+
+    def _value(self, node: int, source: Source, payload: Buffer) -> Any:
+        if not isinstance(source, GraphResult) or source.node not in self._steps:
+            return load(memoryview(payload)[self.header_bytes :], node)
+        return self._kept.pop(source.node) if self._last_use[source.node] == node else self._kept[source.node]
+
+
 class WorkerHost:
     """What the backend makes an actor of."""
 
     def __init__(self) -> None:
-        self._running = threading.Lock()
+        self._turns = Turns()
         self._worker: object = None
+        self._programs: dict[str, Program] = {}
 
     def start(self, worker_class: str, env: Mapping[str, str]) -> dict[str, Any] | bytes:
         """Construct the worker and say where it is; an encoded failure if it cannot be constructed."""
@@ -55,11 +136,58 @@ class WorkerHost:
             "pid": os.getpid(),
         }
 
-    def call(self, method: str, payload: Buffer) -> bytes:
+    def call(self, number: int, method: str, payload: Buffer) -> bytes:
         """One call; see ``messages.invoke``."""
-        with self._running:
+        self._turns.wait(number)
+        try:
             return invoke(self._worker, method, payload)
+        finally:
+            self._turns.done()
+
+    def skip(self, numbers: list[range]) -> None:
+        """See ``Turns.skip``."""
+        for some in numbers:
+            self._turns.skip(some)
+
+    # ------------------------------------------------------------------------------------------------- graphs
+
+    def learn(self, name: str, graph: Graph, worker: str, position: int, header_bytes: int) -> None:
+        """Be ready for ``step``. ``worker`` is this one's id, ``position`` its place in the header."""
+        from ray.experimental.channel import ChannelContext
+
+        self._programs[name] = Program(graph, worker, position, header_bytes)
+        # Ray's loop imports torch before it reads its first input, which takes seconds: now rather than then.
+        _ = ChannelContext.get_current().torch_available
+
+    def forget(self, name: str) -> None:
+        """The graph is torn down."""
+        self._programs.pop(name, None)
+
+    def step(self, name: str, node: int, *payloads: Buffer) -> bytes:
+        """Run one node of one execution, on the thread of Ray's loop for its graph. Never raises an Exception, which
+        Ray would hand to nodes that do not depend on this one."""
+        program = self._programs[name]
+        header = bytes(payloads[0][: program.header_bytes])
+        if not self._turns.wait(program.number(node, header)):
+            return header  # nobody waits for it any more
+        try:
+            return program.run(self._worker, node, header, payloads)
+        except BaseException as error:  # noqa: BLE001  SystemExit and the like, which would end Ray's loop alone
+            _exit_with(error)
+        finally:
+            self._turns.done()
 
     def watch(self) -> None:
         """Never returns: its failure tells the driver that this process is gone. It waits, and costs no time."""
         threading.Event().wait()
+
+
+def _exit_with(error: BaseException) -> NoReturn:
+    """End the process as ``error`` would have ended it in the main thread."""
+    code = error.code if isinstance(error, SystemExit) else 1
+    if isinstance(error, SystemExit) and not isinstance(code, int | None):
+        sys.stderr.write(f"{code}\n")
+    elif not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
