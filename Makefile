@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench-engine · make bench-kernels      (a second time each is quick)
+# make demo · make test · make lint · make bench-engine · make bench-kernels · make bench-rpc      (a second time each is quick)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO_MODEL := smollm2-135m
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: model demo test lint proto bench-engine bench-kernels clean
+.PHONY: model demo test lint proto bench-engine bench-kernels bench-rpc clean
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; give another with PYTHON=python3.x (3.11 to 3.13)" >&2; exit 1; }
@@ -48,6 +48,11 @@ bench-engine: model
 # The compiled CPU kernels against torch's, interleaved.
 bench-kernels: $(VENV)/installed
 	$(BIN)/python benchmarks/kernels_cpu.py
+
+# The round trip of a no-op call to N workers: ours, Ray's, vLLM's, and bare sockets, interleaved.
+bench-rpc: $(VENV)/installed
+	$(BIN)/python benchmarks/install_vllm.py .venv-vllm
+	$(BIN)/python benchmarks/rpc.py --vllm-python .venv-vllm/bin/python --growth
 
 clean:
 	rm -rf $(VENV) .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
