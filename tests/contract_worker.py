@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+from lightvllm.messages import StepInput, StepOutput, Tensor, WorkerInfo
+
 
 class ContractWorker:
     """Records what is asked of it."""
@@ -49,6 +51,15 @@ class ContractWorker:
         Path(path).touch()
         time.sleep(seconds)
 
+    def wait_for_file(self, path: str, seconds: float = 60.0) -> str:
+        """Returns when the test has made the file."""
+        deadline = time.monotonic() + seconds
+        while not Path(path).exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(path)
+            time.sleep(0.005)
+        return "gone on"
+
     def kill_yourself(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -60,6 +71,26 @@ class ContractWorker:
 
     def check_health(self) -> None:
         """Well."""
+
+
+class StageWorker(ContractWorker):
+    """A pipeline stage with integers for hidden states: it doubles what it is given."""
+
+    def load_model(self) -> WorkerInfo:
+        return WorkerInfo(rank=0, device="cpu", threads=1, attention_backend="none", kernels="none", parameter_bytes=7)
+
+    def execute_model(self, step: StepInput) -> StepOutput:
+        return StepOutput(step=step.step, seq_ids=[1], token_ids=[step.step])
+
+    def sample_tokens(self, grammar: object) -> tuple[str, object]:
+        return ("sampled", grammar)
+
+    def execute_stage(self, step: StepInput, tensors: list[Tensor]) -> tuple[StepOutput | None, list[Tensor]]:
+        if step.step < 0:
+            raise ValueError("no such step")
+        given = tensors or [Tensor("uint8", [step.step], bytes(range(256)) * (step.step // 256))]
+        doubled = [Tensor(t.dtype, t.shape, bytes(2 * value % 256 for value in t.data)) for t in given]
+        return (self.execute_model(step) if tensors else None), doubled
 
 
 class FailsToStart:
