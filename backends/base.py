@@ -120,6 +120,8 @@ class Graph(msgspec.Struct, frozen=True):
             channels have no buffers of fixed size refuses anything else with ConfigError.
         overlap_gpu_communication: overlap sending and receiving with computing. A backend that has no such choice
             refuses True with ConfigError.
+        step_timeout: seconds that a worker may wait for another's result, where it would otherwise wait for ever: the
+            other one lives, but does not come to an end. What depends on that result fails then.
     """
 
     nodes: tuple[GraphNode, ...]
@@ -127,6 +129,7 @@ class Graph(msgspec.Struct, frozen=True):
     max_inflight_executions: int = 10
     buffer_size_bytes: int | None = None
     overlap_gpu_communication: bool = False
+    step_timeout: float = 300.0
 
 
 class BackendGraph(Protocol):

@@ -29,7 +29,7 @@ from lightvllm.backends.base import (
 )
 from lightvllm.backends.program import Source, Step, dump, load, steps
 from lightvllm.errors import ConfigError, PlacementError, RpcTimeout, Shutdown, WorkerDied
-from lightvllm.messages import Buffer, invoke
+from lightvllm.messages import Buffer, encode_failure, invoke
 
 T = TypeVar("T")
 _End = WorkerDied | Shutdown
@@ -227,7 +227,7 @@ class _InProcessGraph:
         return next((worker.death for worker in self._workers.values() if worker.death is not None), None)
 
     def execute(self, inputs: Mapping[int | str | None, bytes]) -> Future[list[Buffer]]:
-        execution = _Execution(self._graph.outputs, inputs)
+        execution = _Execution(self._graph, inputs)
         with self._lock:
             if (end := self.ended) is not None:
                 execution.fail(end)
@@ -249,9 +249,10 @@ class _InProcessGraph:
 class _Execution:
     """One run of a graph. Its workers meet here, each in its own thread."""
 
-    def __init__(self, outputs: Sequence[int], inputs: Mapping[int | str | None, bytes]) -> None:
+    def __init__(self, graph: Graph, inputs: Mapping[int | str | None, bytes]) -> None:
         self.future: _Answer[list[Buffer]] = _Answer()
-        self._outputs = outputs
+        self._graph = graph
+        self._outputs = graph.outputs
         self._inputs = inputs
         self._results: dict[int, bytes] = {}
         self._changed = threading.Condition()
@@ -270,7 +271,7 @@ class _Execution:
             values = []
             for source in step.sources:
                 if isinstance(source, GraphInput) or source.node not in kept:
-                    payload = self._await(source)
+                    payload = self._await(source, step)
                     if payload is None:
                         return
                     values.append(load(payload, step.index))
@@ -282,12 +283,18 @@ class _Execution:
             if step.sent:
                 self._publish(step.index, dump(result, step.index))
 
-    def _await(self, source: Source) -> bytes | None:
+    def _await(self, source: Source, step: Step) -> bytes | None:
         if isinstance(source, GraphInput):
             return None if self._failed else self._inputs[source.key]
         with self._changed:
-            self._changed.wait_for(lambda: self._failed or source.node in self._results)
-            return None if self._failed else self._results[source.node]
+            limit = self._graph.step_timeout
+            come = self._changed.wait_for(lambda: self._failed or source.node in self._results, limit)
+            if self._failed:
+                return None
+            if not come:
+                late = f"{self._graph.nodes[source.node].method} of another worker gave no result within {limit:g} s"
+                return encode_failure(RpcTimeout(late), step.index)
+            return self._results[source.node]
 
     def _publish(self, node: int, payload: bytes) -> None:
         with self._changed:

@@ -192,6 +192,7 @@ class _OutputNode(DAGNode):
                     max_inflight_executions=_max_inflight_executions,
                     buffer_size_bytes=_buffer_size_bytes,
                     overlap_gpu_communication=_overlap_gpu_communication,
+                    step_timeout=program.executor.step_timeout,
                 )
             ),
             submit_timeout=SUBMIT_TIMEOUT if _submit_timeout is None else _submit_timeout,
@@ -210,8 +211,8 @@ class ClassMethodNode(_OutputNode):
         super().__init__()
         self._handle = handle
         self._method = method
-        self._args = args
-        self._kwargs = kwargs
+        self._args = [self._fixed(value) for value in args]
+        self._kwargs = {name: self._fixed(value) for name, value in kwargs.items()}
         self._transport: TensorTransport = "auto"
         for value in self._uses():
             value._users.append(self)
@@ -222,6 +223,16 @@ class ClassMethodNode(_OutputNode):
             raise ConfigError(f"transport={transport!r}; use one of {', '.join(map(repr, get_args(TensorTransport)))}")
         self._transport = transport
         return self
+
+    def _fixed(self, value: Any) -> DAGNode | GraphConstant:
+        if isinstance(value, DAGNode):
+            return value
+        try:
+            return GraphConstant(encode_value(value))
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{self!r}: a constant {type(value).__name__} cannot be pickled: {error}") from error
 
     def _uses(self) -> Sequence[DAGNode]:
         return [value for value in (*self._args, *self._kwargs.values()) if isinstance(value, DAGNode)]
@@ -268,7 +279,10 @@ class _Method:
         self._name = name
 
     def bind(self, *args: Any, **kwargs: Any) -> ClassMethodNode:
-        """A node that calls the method with these arguments, each a DAGNode or a constant."""
+        """A node that calls the method with these arguments, each a DAGNode or a constant, which is pickled here.
+
+        Raises ConfigError for a constant that cannot be pickled or has a DAGNode in it.
+        """
         return ClassMethodNode(self._handle, self._name, args, kwargs)
 
 
@@ -346,21 +360,16 @@ class _Program:
         self.names = {key for key in given._attributes if isinstance(key, str)}
         self.keys: list[int | str | None] = [None] if direct else list(given._attributes)
 
-    def _argument(self, value: Any, call: ClassMethodNode) -> GraphArgument:
+    def _argument(self, value: DAGNode | GraphConstant, call: ClassMethodNode) -> GraphArgument:
+        if isinstance(value, GraphConstant):
+            return value
         if isinstance(value, InputNode):
             return GraphInput()
         if isinstance(value, InputAttributeNode):
             return GraphInput(value._key)
         if isinstance(value, MultiOutputNode):
             raise ConfigError(f"{call!r} uses a {value!r}; it can only be the graph's result")
-        if isinstance(value, DAGNode):
-            return GraphResult(self._position[id(value)])
-        try:
-            return GraphConstant(encode_value(value))
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"{call!r}: the constant {type(value).__name__} cannot be pickled: {error}") from error
+        return GraphResult(self._position[id(value)])
 
 
 def _connected(output: DAGNode) -> list[DAGNode]:
