@@ -7,7 +7,8 @@ orchestrator and no model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pickle import PickleBuffer
 from typing import Any
 
 from lightvllm.backends.base import Graph, GraphArgument, GraphConstant, GraphInput, GraphNode, GraphResult
@@ -75,22 +76,22 @@ def steps(graph: Graph, worker: str) -> Iterator[Step]:
     return (Step(graph, index) for index, node in enumerate(graph.nodes) if node.worker == worker)
 
 
-def load(payload: Buffer, node: int) -> Any:
+def load(payload: Buffer, node: int, buffers: Sequence[Buffer] | None = None) -> Any:
     """A value or Failure from what ``dump`` or ``messages.encode_value`` encoded, to be used by ``node``."""
     if is_failure(payload):
         return Failure(bytes(payload))
     try:
-        return decode_value(payload)
+        return decode_value(payload, buffers=buffers)
     except Exception as error:  # noqa: BLE001  a class that cannot be imported here, for instance
         return Failure(encode_failure(error, node))
 
 
-def dump(value: Any, node: int) -> bytes:
-    """A result of ``node``, for others. One that cannot be pickled becomes a failure."""
+def dump(value: Any, node: int, take: Callable[[PickleBuffer], object] | None = None) -> bytes:
+    """A result of ``node``, for others. One that cannot be pickled becomes a failure. ``take``: of ``encode_value``."""
     if isinstance(value, Failure):
         return value.payload
     try:
-        return encode_value(value)
+        return encode_value(value, take)
     except Exception as error:  # noqa: BLE001
         return encode_failure(error, node)
 

@@ -250,10 +250,10 @@ def _tensor(dtype: str, shape: tuple[int, ...], bits: bytearray) -> Any:
     return torch.frombuffer(bits, dtype=torch.uint8).view(getattr(torch, dtype)).view(shape)
 
 
-def _pickled(value: Any) -> bytes:
+def _pickled(value: Any, take: Callable[[pickle.PickleBuffer], object] | None = None) -> bytes:
     with io.BytesIO() as file:
         file.write(_PICKLED)
-        _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+        _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=take).dump(value)
         return file.getvalue()
 
 
@@ -309,16 +309,26 @@ def encode_result(result: Any) -> bytes:
     return _TYPED + _encoder.encode(result)
 
 
-def encode_value(value: Any) -> bytes:
-    """A value for a compiled graph, pickled; see the module's docstring for what that demands."""
-    return _pickled(value)
+def encode_value(value: Any, take: Callable[[pickle.PickleBuffer], object] | None = None) -> bytes:
+    """A value for a compiled graph, pickled; see the module's docstring for what that demands.
+
+    ``take`` is shown the memory of each tensor and array in it. What it returns something false for is left out, and
+    must be given to ``decode_value`` in the same order.
+    """
+    return _pickled(value, take)
 
 
-def decode_value(payload: Buffer, origin: Callable[[int | None], tuple[int | None, str]] | None = None) -> Any:
+def decode_value(
+    payload: Buffer,
+    origin: Callable[[int | None], tuple[int | None, str]] | None = None,
+    buffers: Sequence[Buffer] | None = None,
+) -> Any:
     """What ``encode_value`` encoded. Raises as ``decode_reply`` does for what ``encode_failure`` encoded; ``origin``
-    tells the rank and the method of the node that failed."""
+    tells the rank and the method of the node that failed. ``buffers``, writable, become the value's own memory."""
     if is_failure(payload):
         _raise_failure(payload, *(origin(_failure(payload).node) if origin else (None, "a node of the graph")))
+    if buffers and bytes(payload[:1]) == _PICKLED:
+        return pickle.loads(memoryview(payload)[1:], buffers=buffers)  # noqa: S301  authenticated, see there
     return decode_reply("a node of the graph", payload)
 
 

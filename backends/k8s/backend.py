@@ -9,6 +9,7 @@ import platform
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -31,7 +32,7 @@ from lightvllm.messages import Buffer, decode_reply
 from lightvllm.version import __version__
 
 try:
-    from lightvllm.backends.k8s.graph import GraphWorker, compile_graph
+    from lightvllm.backends.k8s.graph import GraphWorker, KubernetesGraph, compile_graph
     from lightvllm.backends.k8s.session import WorkerSession
     from lightvllm.backends.k8s.wire import CallEncoder
 except ImportError as missing:
@@ -94,6 +95,7 @@ class KubernetesBackend:
         self._transport = transport
         self._encoder = CallEncoder()
         self._graph_ids = itertools.count(1)
+        self._graphs: weakref.WeakSet[KubernetesGraph] = weakref.WeakSet()
         self._reactor: Reactor | None = None
         self._discovery: Discovery
         tls = Tls.from_options(tls_cert, tls_key, tls_ca)
@@ -285,7 +287,10 @@ class KubernetesBackend:
         for id_, member in self._members.items():
             assert member.session is not None  # a graph is written with workers that have been placed
             workers[id_] = GraphWorker(member.session, member.endpoint.target, member.endpoint.tls is not None)
-        return compile_graph(graph, next(self._graph_ids), workers, self.wait, timeout)
+        compiled = compile_graph(graph, next(self._graph_ids), workers, self.wait, timeout)
+        with self._changed:
+            self._graphs.add(compiled)
+        return compiled
 
     @property
     def carriers(self) -> dict[str, str]:
@@ -317,6 +322,10 @@ class KubernetesBackend:
             self._changed.notify_all()
         if member.session is not None:
             member.session.fail(member.died)
+        with self._changed:
+            graphs = list(self._graphs)
+        for graph in graphs:
+            graph.worker_died(member.id, member.died)
         with self._reporting:
             with self._changed:
                 report = self._on_failure if self._report_failures and not self._closed else None

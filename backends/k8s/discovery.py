@@ -69,7 +69,7 @@ class LocalProcesses:
         env = {**request.env, **os.environ}
         shares = devices.deal_gpus(devices.visible_gpus(env), request.world_size, request.gpus_per_worker)
         token = Token.new()
-        directory = self._directory = _private_directory()
+        directory = self._directory = private_directory()
         endpoints = []
         for index, share in enumerate(shares):
             listen = f"unix:{directory}/{index}.sock"
@@ -131,7 +131,7 @@ class StaticAddresses:
         """Nothing to do: others started them."""
 
 
-def _private_directory() -> Path:
+def private_directory() -> Path:
     """A new directory with mode 0700, with a path short enough for a socket in it."""
     directory = Path(tempfile.mkdtemp(prefix="lightvllm-"))
     if len(os.fsencode(directory)) > _SOCKET_PATH_BYTES - len("/99999.sock.direct"):

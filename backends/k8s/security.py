@@ -134,14 +134,14 @@ def split_address(address: str) -> tuple[str, int]:
 def check_address(address: str, tls: Tls | None) -> None:
     """Raise ConfigError if a token sent to ``address`` could be read on the way."""
     host, _ = split_address(address)
-    if tls is None and not _is_loopback(host):
+    if tls is None and not is_loopback(host):
         raise ConfigError(
             f"{address} is not a loopback address, so that the token would cross the network in the clear; "
             "use mutual TLS (TLS certificate, key and CA) or an address in 127.0.0.0/8"
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

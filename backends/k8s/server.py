@@ -36,6 +36,7 @@ from lightvllm.backends.base import load_worker_class
 from lightvllm.backends.k8s import reflection, wire
 from lightvllm.backends.k8s.devices import visible_gpus
 from lightvllm.backends.k8s.process import Bootstrap, Status
+from lightvllm.backends.k8s.programs import PREFIX, Programs
 from lightvllm.backends.k8s.security import Token, split_address
 from lightvllm.errors import ConfigError
 from lightvllm.messages import (
@@ -232,7 +233,7 @@ class Host:
         request = self._asked.result()
         try:
             direct = self._direct_link(request)
-            worker = _Invoker(*self._construct(request), self._limit)
+            worker = _Invoker(*self._construct(request), self._limit, self._bootstrap.listen)
             if direct is not None:
                 self._serve_direct(direct, worker)
             elif request.carrier == pb.UNARY:
@@ -414,13 +415,17 @@ class _Work(NamedTuple):
 class _Invoker:
     """Runs calls on the worker; for the session's thread alone."""
 
-    def __init__(self, worker: object, failure: bytes, limit: int) -> None:
+    def __init__(self, worker: object, failure: bytes, limit: int, listen: str) -> None:
         self._worker, self._failure, self._limit = worker, failure, limit
+        self._programs = Programs(worker, listen, limit)
 
     def call(self, method: str, payload: Buffer) -> bytes:
         """The encoded reply."""
         try:
-            reply = self._failure or invoke(self._worker, method, payload)
+            if method.startswith(PREFIX) and not self._failure:
+                reply = self._programs.call(method, payload)
+            else:
+                reply = self._failure or invoke(self._worker, method, payload)
         except BaseException as error:  # noqa: BLE001  SystemExit and the like: the end of the process
             _exit_with(error)
         if len(reply) > self._limit:

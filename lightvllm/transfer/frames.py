@@ -130,6 +130,11 @@ class FrameSocket:
         while not self.flush():
             self._sleep(poll, deadline)
 
+    def keep_unsent(self) -> None:
+        """Copy what is left for ``flush``, so that the payloads given to ``send`` may be changed from now on."""
+        with self._sending:
+            self._unsent = collections.deque(memoryview(bytes(part)) for part in self._unsent)
+
     # --------------------------------------------------------------------------------------------- receiving
 
     def receive(self) -> collections.deque[Frame]:

@@ -1,0 +1,294 @@
+"""A worker's programs: its parts of the compiled graphs, installed once and run by one frame per execution.
+
+They come by the worker's ordinary session, as calls of the methods below (``server.py`` brings them here), so that the
+executions of graphs and plain calls share one order, and run in one thread. No worker has a method of such a name.
+
+The life of a graph, at each of its workers: ``INSTALL`` brings the program and offers links to the workers that are to
+connect to this one; ``CONNECT`` takes up what the others offered; ``ACCEPT`` has the links complete (none of the three
+waits for another worker's session, so that no order of calls can lock two workers); then ``step_method``, again and
+again; then ``FORGET``.
+
+Executions carry no number: sessions keep the order, and every worker of a graph gets every execution of it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from lightvllm.backends.base import Graph, GraphInput, GraphResult
+from lightvllm.backends.k8s.edges import Edges, Identity, Offer, Parts
+from lightvllm.backends.k8s.security import check_address, split_address
+from lightvllm.backends.program import Step, dump, load, sources, steps
+from lightvllm.errors import ConfigError, LightvllmError
+from lightvllm.messages import Buffer, encode_failure, is_failure
+
+PREFIX = "<graph"
+"""Of the methods that are for ``Programs``."""
+INSTALL, CONNECT, ACCEPT, FORGET = "<graph install>", "<graph connect>", "<graph accept>", "<graph forget>"
+
+_LARGE_BYTES = 32 * 2**10  # a tensor of this size travels by itself, a smaller one among what is pickled
+_PACKED = b"m"  # in front of several payloads in one; no encoding of messages.py begins with it
+
+
+def step_method(graph_id: int) -> str:
+    return f"<graph {graph_id}>"
+
+
+class Install(msgspec.Struct, frozen=True, kw_only=True):
+    """The program.
+
+    Attributes:
+        worker: whose part this is, of ``GraphNode.worker``.
+        graph: without the constants of other workers.
+        offers_to: the workers that are to connect to this one; for each "unix:/path", or "" for this server's own host.
+        identity: what to show to the others; None where all are on one host.
+        timeout: seconds for them to connect.
+    """
+
+    graph_id: int
+    worker: str
+    graph: Graph
+    offers_to: dict[str, str] = {}
+    identity: Identity | None = None
+    timeout: float
+
+
+class Connect(msgspec.Struct, frozen=True, kw_only=True):
+    """Offers, by the worker that made them."""
+
+    graph_id: int
+    offers: dict[str, Offer]
+    timeout: float
+
+
+class Accept(msgspec.Struct, frozen=True, kw_only=True):
+    graph_id: int
+    timeout: float
+
+
+class Forget(msgspec.Struct, frozen=True, kw_only=True):
+    """May come again, and for a graph that is not known."""
+
+    graph_id: int
+
+
+Offers = dict[str, Offer]
+"""The answer to ``INSTALL``."""
+
+
+def peers_of(graph: Graph, node: int) -> list[str]:
+    """The other workers that use the result of ``node``."""
+    users = (other.worker for other in graph.nodes if GraphResult(node) in sources(other))
+    return [worker for worker in dict.fromkeys(users) if worker != graph.nodes[node].worker]
+
+
+def inputs_of(graph: Graph, worker: str) -> list[GraphInput]:
+    """What ``worker`` is to be given for an execution, in the order in which its payload holds it."""
+    mine = (source for node in graph.nodes if node.worker == worker for source in sources(node))
+    return [source for source in dict.fromkeys(mine) if isinstance(source, GraphInput)]
+
+
+def outputs_of(graph: Graph, worker: str) -> list[int]:
+    """The nodes of ``worker`` whose results its reply holds, in this order."""
+    return [node for node in dict.fromkeys(graph.outputs) if graph.nodes[node].worker == worker]
+
+
+def pack(payloads: Sequence[Buffer]) -> Buffer:
+    """Several payloads as one; a single one as it is."""
+    if len(payloads) == 1:
+        return payloads[0]
+    return b"".join((_PACKED, struct.pack(f"<{len(payloads)}Q", *map(len, payloads)), *payloads)) if payloads else b""
+
+
+def unpack(packed: Buffer, count: int) -> list[Buffer]:
+    """The ``count`` payloads; no copies. Raises LightvllmError for what ``pack`` did not make of as many."""
+    if count == 1:
+        return [packed]
+    if not count and not packed:
+        return []
+    sizes = struct.Struct(f"<{count}Q")
+    at = len(_PACKED) + sizes.size
+    if len(packed) < at or bytes(packed[: len(_PACKED)]) != _PACKED:
+        raise LightvllmError(f"{len(packed)} bytes came that do not hold {count} values of a graph")
+    view = memoryview(packed)
+    payloads: list[Buffer] = []
+    for size in sizes.unpack_from(packed, len(_PACKED)):
+        payloads.append(view[at : at + size])
+        at += size
+    if at != len(packed):
+        raise LightvllmError(f"{len(packed)} bytes came for {count} values of a graph that have {at}")
+    return payloads
+
+
+class Programs:
+    """All programs of one worker. For the session's thread alone."""
+
+    def __init__(self, worker: object, listen: str, max_message_bytes: int) -> None:
+        """``listen``: the address of the worker's server."""
+        self._worker = worker
+        self._listen = listen
+        self._limit = max_message_bytes
+        self._programs: dict[str, _Program] = {}
+
+    def call(self, method: str, payload: Buffer) -> bytes:
+        """The encoded reply, or an encoded failure."""
+        try:
+            program = self._programs.get(method)
+            if program is not None:
+                return bytes(program.run(self._worker, payload))
+            if method == INSTALL:
+                return msgspec.msgpack.encode(self._install(msgspec.msgpack.decode(payload, type=Install)))
+            if method == CONNECT:
+                asked = msgspec.msgpack.decode(payload, type=Connect)
+                for peer, offer in asked.offers.items():
+                    self._known(asked.graph_id).edges.connect(peer, offer, asked.timeout)
+            elif method == ACCEPT:
+                accepting = msgspec.msgpack.decode(payload, type=Accept)
+                self._known(accepting.graph_id).edges.accept(accepting.timeout)
+            elif method == FORGET:
+                forgotten = self._programs.pop(step_method(msgspec.msgpack.decode(payload, type=Forget).graph_id), None)
+                if forgotten is not None:
+                    forgotten.close()
+            else:
+                raise LightvllmError(f"{method} is not known here: the graph was not installed, or was forgotten")
+        except Exception as error:  # noqa: BLE001  whatever it is, the driver gets it
+            return encode_failure(error)
+        return b""
+
+    def _known(self, graph_id: int) -> _Program:
+        return self._programs[step_method(graph_id)]
+
+    def _install(self, asked: Install) -> Offers:
+        program = _Program(asked, self._limit)
+        try:
+            offers = {
+                peer: program.edges.listen(peer, address or self._host(asked.identity), asked.timeout)
+                for peer, address in asked.offers_to.items()
+            }
+        except BaseException:
+            program.close()
+            raise
+        self._programs[step_method(asked.graph_id)] = program
+        return offers
+
+    def _host(self, identity: Identity | None) -> str:
+        """The host of this worker's server, if what goes to it cannot be read on the way."""
+        if identity is None:
+            check_address(self._listen, None)
+        return split_address(self._listen)[0]
+
+
+class _Given:
+    """Where a step takes a value from."""
+
+    __slots__ = ("copy", "is_input", "is_kept", "key")
+
+    def __init__(self, is_input: bool, is_kept: bool, key: int, copy: bool) -> None:
+        self.is_input, self.is_kept = is_input, is_kept
+        self.key = key  # position in the inputs, or node
+        self.copy = copy  # a later step will use it, too, and must not see what this one does to it
+
+
+class _Program:
+    """One worker's part of one graph."""
+
+    def __init__(self, asked: Install, limit: int) -> None:
+        graph, worker = asked.graph, asked.worker
+        self._limit = limit
+        self._steps = list(steps(graph, worker))
+        self._inputs = inputs_of(graph, worker)
+        self._outputs = outputs_of(graph, worker)
+        self._peers = {step.index: peers_of(graph, step.index) for step in self._steps}
+        uses = [source.node for step in self._steps for source in step.sources if isinstance(source, GraphResult)]
+        remote = {node: graph.nodes[node].worker for node in uses if graph.nodes[node].worker != worker}
+        self._given: list[list[_Given]] = []
+        seen: dict[int, int] = {}
+        for step in self._steps:
+            self._given.append([])
+            for source in step.sources:
+                if isinstance(source, GraphInput):
+                    given = _Given(True, False, self._inputs.index(source), False)
+                else:
+                    seen[source.node] = seen.get(source.node, 0) + 1
+                    later = seen[source.node] < uses.count(source.node)
+                    given = _Given(False, source.node not in remote, source.node, later)
+                self._given[-1].append(given)
+        self._executions = 0
+        self._edges = (
+            Edges(remote, limit, graph.max_inflight_executions, graph.step_timeout, asked.identity)
+            if remote or any(self._peers.values())
+            else None
+        )
+
+    @property
+    def edges(self) -> Edges:
+        if self._edges is None:
+            raise LightvllmError("this part of the graph has no edges to other workers")
+        return self._edges
+
+    def run(self, worker: object, payload: Buffer) -> Buffer:
+        """One execution: the results that the driver wants."""
+        self._executions += 1
+        inputs = unpack(payload, len(self._inputs))
+        kept: dict[int, Any] = {}
+        came: dict[int, Parts] = {}
+        results: dict[int, bytes] = {}
+        for step, given in zip(self._steps, self._given, strict=True):
+            values = [
+                load(inputs[one.key], step.index)
+                if one.is_input
+                else kept[one.key]
+                if one.is_kept
+                else self._take(one, came, step.index)
+                for one in given
+            ]
+            result = step.run(worker, values)
+            if step.kept:
+                kept[step.index] = result
+            if peers := self._peers[step.index]:
+                self.edges.send(peers, self._executions, step.index, self._parts(result, step))
+            if step.index in self._outputs:
+                results[step.index] = dump(result, step.index)
+        if self._edges is not None:
+            self._edges.end_of(self._executions)
+        return pack([results[node] for node in self._outputs])
+
+    def _take(self, one: _Given, came: dict[int, Parts], user: int) -> Any:
+        """The result of another worker's node, for the node ``user``."""
+        parts = came.get(one.key)
+        if parts is None:
+            try:
+                parts = self.edges.take(self._executions, one.key)
+            except LightvllmError as error:
+                parts = [encode_failure(error, user)]
+            if one.copy:
+                came[one.key] = parts
+        buffers = [bytearray(part) if one.copy or isinstance(part, bytes) else part for part in parts[1:]]
+        return load(parts[0], user, buffers)
+
+    def _parts(self, result: Any, step: Step) -> Parts:
+        buffers: Parts = []
+
+        def take(buffer: Any) -> bool:
+            memory = buffer.raw()
+            if len(memory) < _LARGE_BYTES:
+                return True
+            buffers.append(memory)
+            return False
+
+        pickled = dump(result, step.index, take)
+        if is_failure(pickled):
+            return [pickled]
+        size = len(pickled) + sum(map(len, buffers))
+        if size <= self._limit:
+            return [pickled, *buffers]
+        error = ConfigError(f"the result of {step.method} is {size} bytes, more than max_message_bytes={self._limit}")
+        return [encode_failure(error, step.index)]
+
+    def close(self) -> None:
+        if self._edges is not None:
+            self._edges.close()
