@@ -14,6 +14,7 @@ import contextlib
 import enum
 import fnmatch
 import json
+import os
 import random
 import re
 import signal
@@ -132,7 +133,8 @@ class Bench:
         entry = CATALOGUE[name]
         spec = entry.spec | {"world_size": workers, "folder": str(self.folder)}
         if entry.needs_ray and self.cluster is not None:
-            spec |= {"address": self.cluster.address, "temp_dir": self.cluster.temp_dir}
+            # The cluster ends with this process, and Ray would go on looking for it: so is the contender to end.
+            spec |= {"address": self.cluster.address, "temp_dir": self.cluster.temp_dir, "parent": os.getpid()}
         python = self.vllm_python if entry.needs_vllm and self.vllm_python else self.python
         return ContenderProcess(
             name,

@@ -53,9 +53,11 @@ class Contender:
 Opener = Callable[[dict[str, Any]], AbstractContextManager[Contender]]
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it is gone."""
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread of process ``parent`` that started it is gone."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it has gone already
+        os._exit(1)
 
 
 def run_burst(call: Call, seconds: float, least: int, most: int) -> list[int]:
@@ -102,7 +104,10 @@ def main() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
     try:
-        serve(json.loads(sys.argv[1]), say)
+        spec = json.loads(sys.argv[1])
+        if "parent" in spec:
+            die_with_parent(spec["parent"])
+        serve(spec, say)
     except BrokenPipeError:
         raise SystemExit(1) from None  # the parent has gone
     except Exception as error:  # noqa: BLE001  told to the parent

@@ -31,7 +31,10 @@ def open_contender(spec: dict[str, Any]) -> Iterator[Contender]:
     world_size, local = spec["world_size"], spec["carrier"] == "shm"
     fork = multiprocessing.get_context("fork")  # vLLM has been imported; no queue has been made yet
     ends = [fork.Pipe() for _ in range(world_size)]
-    processes = [fork.Process(target=_work, args=(rank, end, local), daemon=True) for rank, (_, end) in enumerate(ends)]
+    processes = [
+        fork.Process(target=_work, args=(os.getpid(), rank, end, local), daemon=True)
+        for rank, (_, end) in enumerate(ends)
+    ]
     for process in processes:
         process.start()
     requests = MessageQueue(
@@ -86,8 +89,8 @@ def _prepare(requests: MessageQueue, replies: list[MessageQueue], payload: bytes
     return call
 
 
-def _work(rank: int, pipe: Any, local: bool) -> None:
-    die_with_parent()
+def _work(parent: int, rank: int, pipe: Any, local: bool) -> None:
+    die_with_parent(parent)
     worker = EchoWorker()
     requests = MessageQueue.create_from_handle(pipe.recv(), rank if local else -1)
     replies = MessageQueue(1, 1 if local else 0, connect_ip=_HOST)
