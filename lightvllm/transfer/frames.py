@@ -20,6 +20,7 @@ import ssl
 import struct
 import threading
 import time
+from collections.abc import Sequence
 
 from lightvllm.messages import Buffer
 
@@ -58,8 +59,6 @@ class FrameSocket:
         self._limit = limit
         self._spin = spin
         self._sending = threading.Lock()
-        # OpenSSL's state is one for both directions.
-        self._receiving = self._sending if self._tls is not None else threading.Lock()
         self._unsent: collections.deque[memoryview] = collections.deque()
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
@@ -85,7 +84,14 @@ class FrameSocket:
         header = _HEADER.pack(sequence_number, size, len(name), kind)
         with self._sending:
             if size <= _COPIED_BYTES:
-                self._unsent.append(memoryview(b"".join((header, name, payload))))
+                data = b"".join((header, name, payload))
+                if self._tls is None and not self._unsent:  # as nearly always: one piece, and room for it
+                    sent = self._write((data,))
+                    if sent == len(data):
+                        return True
+                    self._unsent.append(memoryview(data)[sent:])
+                    return False
+                self._unsent.append(memoryview(data))
             else:
                 self._unsent.append(memoryview(header + name))
                 self._unsent.append(memoryview(payload).cast("B"))
@@ -99,17 +105,9 @@ class FrameSocket:
     def _flush(self) -> bool:
         unsent = self._unsent
         while unsent:
-            try:
-                if self._tls is not None:
-                    sent = self._tls.send(unsent[0][:_RECORD_BYTES])  # after WANT_WRITE the same bytes must be tried
-                elif len(unsent) == 1:
-                    sent = self._socket.send(unsent[0])
-                else:
-                    sent = self._socket.sendmsg((unsent[0], unsent[1]))
-            except _WOULD_BLOCK:
+            sent = self._write((unsent[0], unsent[1]) if len(unsent) > 1 else (unsent[0],))
+            if not sent:
                 return False
-            except OSError as error:
-                raise ConnectionError(f"the connection broke ({error.strerror or error})") from None
             while sent:
                 first = unsent[0]
                 if sent < len(first):
@@ -118,6 +116,17 @@ class FrameSocket:
                 sent -= len(first)
                 unsent.popleft()
         return True
+
+    def _write(self, pieces: Sequence[Buffer]) -> int:
+        """Bytes that could be written now of the one or two pieces."""
+        try:
+            if self._tls is not None:
+                return self._tls.send(pieces[0][:_RECORD_BYTES])  # after WANT_WRITE the same bytes must be tried
+            return self._socket.send(pieces[0]) if len(pieces) == 1 else self._socket.sendmsg(pieces)
+        except _WOULD_BLOCK:
+            return 0
+        except OSError as error:
+            raise ConnectionError(f"the connection broke ({error.strerror or error})") from None
 
     def write(self, kind: int, sequence_number: int, name: bytes, payload: Buffer, timeout: float | None) -> None:
         """``send``, and wait until all is written; TimeoutError after ``timeout`` seconds (then the connection can only
@@ -139,9 +148,12 @@ class FrameSocket:
 
     def receive(self) -> collections.deque[Frame]:
         """What has arrived whole, in order; empty if nothing has. The caller takes the frames out of it."""
-        with self._receiving:
-            if self._over is None:
+        if self._over is None:
+            if self._tls is None:
                 self._over = self._receive()
+            else:
+                with self._sending:  # OpenSSL's state is one for both directions
+                    self._over = self._receive()
         if self._over is not None and not self._frames:
             raise ConnectionError(self._over)
         return self._frames
