@@ -255,6 +255,28 @@ def test_an_idle_channel_neither_times_out_nor_uses_the_processor(name: str, tmp
         assert second.receive((1,), torch.float32, 2).tolist() == [1]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["grpc", "shared"])
+def test_tensors_of_a_gpu_cross_while_it_computes(name: str, tmp_path: Path) -> None:
+    """Both stages on one device; NCCL would need two. What is sent must be complete, what is received usable at once."""
+    device = torch.device("cuda", 0)
+    outlet, inlet = open_ends(name, tmp_path, capacity=2)
+    first = StageTransport(name, device, 30.0, outlet=outlet, next_rank=1)
+    second = StageTransport(name, device, 30.0, inlet=inlet, previous_rank=0)
+    try:
+        for tag in range(8):
+            x = torch.randn(2048, 2048, device=device)
+            y = ((x @ x) / 2048).to(torch.bfloat16).t()
+            first.send(y, tag)
+            received = second.receive(y.shape, y.dtype, tag)
+            assert received.device == device
+            assert torch.equal(received.float() * 2, y.float() * 2)
+    finally:
+        first.close()
+        second.close()
+
+
 def test_a_lost_batch_is_noticed() -> None:
     mailbox = Mailbox(3)
     for sequence in (1, 3):

@@ -61,7 +61,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         digest: SHA-256 over the float32 logits of every step in order; "" where they are not known.
         max_abs_logit_difference: from the reference, over every step up to where the tokens part; None without one.
         threads: CPU threads of each worker.
-        device, attention_backend, kernels: what the workers said that they use.
+        device, attention_backend, kernels, pp_transport: what the workers said that they use.
         output_tokens, steps: how many.
         seconds: from asking to the last token, without logits being sent.
         outside_us_p50, outside_us_p99: microseconds of a step that the output rank did not spend in it.
@@ -79,6 +79,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     device: str = ""
     attention_backend: str = ""
     kernels: str = ""
+    pp_transport: str = ""
     output_tokens: int = 0
     steps: int = 0
     seconds: float = 0.0

@@ -265,6 +265,7 @@ class _Runner:
             device=info.device,
             attention_backend=info.attention_backend,
             kernels=info.kernels,
+            pp_transport=info.pp_transport,
             output_tokens=sum(len(output.outputs[0].token_ids) for output in timed),
             steps=len(outside),
             seconds=seconds,

@@ -1,7 +1,8 @@
 """``pp_transport="torch"``: batches between two ranks of a torch.distributed process group.
 
-A batch is a header of fixed size over gloo, and the tensor's bytes over gloo (CPUs) or NCCL (GPUs). A thread waits for
-the next header; gloo waits as long as it is told to, so that an idle worker neither times out nor looks. NCCL is asked
+A batch is a header of fixed size over gloo, and the tensor's bytes over gloo (CPUs) or NCCL (GPUs). A small tensor on a
+CPU comes inside the header, which spares it gloo's second meeting of sender and receiver. A thread waits for the next
+header; gloo waits as long as it is told to, so that an idle worker neither times out nor looks. NCCL is asked
 for a tensor only when its header has come: its receives occupy the GPU and are timed by its watchdog from the moment
 they are posted. Headers come first, because NCCL's first call waits until the other side makes its own.
 """
@@ -26,6 +27,8 @@ _MAGIC = 0x4C56_5050_0001  # "LVPP", version 1
 _CLOSING = -2  # in place of the number of dimensions: the sender has closed
 _FAILED = -1  # the step has failed at the sender
 _HEADER_NUMBERS = 6 + tensors.MAX_DIMENSIONS
+_HEADER_BYTES = 128  # what the numbers take, and room for the alignment of what follows
+_INLINE_BYTES = 16 * 2**10  # of the largest tensor that comes inside the header
 _HEADER_TAG, _BODY_TAG, _BREAK_TAG = 1, 2, 3
 _FOREVER = timedelta(days=10_000)
 _JOIN_SECONDS = 5.0
@@ -44,6 +47,19 @@ def _numbers(header: Header, dimensions: int) -> torch.Tensor:
     dtype = tensors.DTYPES.index(header.dtype) if header.dtype else 0
     shape = [*header.shape, *[0] * (tensors.MAX_DIMENSIONS - len(header.shape))]
     return torch.tensor([_MAGIC, header.epoch, header.sequence, header.tag, dtype, dimensions, *shape])
+
+
+def _message(inline: bool) -> torch.Tensor:
+    """Of the one size that all headers of a channel have."""
+    import torch
+
+    return torch.zeros(_HEADER_BYTES + (_INLINE_BYTES if inline else 0), dtype=torch.uint8)
+
+
+def _numbers_in(message: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return message[: 8 * _HEADER_NUMBERS].view(torch.int64)
 
 
 def _header(numbers: list[int]) -> Header | None:
@@ -94,10 +110,14 @@ class GroupOutlet:
         return True
 
     def _send(self, header: Header, x: torch.Tensor | None) -> None:
-        head = _numbers(header, _FAILED if x is None else len(header.shape))
+        head = _message(self._headers is self._bodies)
+        _numbers_in(head).copy_(_numbers(header, _FAILED if x is None else len(header.shape)))
+        body = None if x is None or not x.numel() else tensors.flat_bytes(x.contiguous())
+        if body is not None and _HEADER_BYTES + body.numel() <= head.numel():
+            head[_HEADER_BYTES : _HEADER_BYTES + body.numel()] = body
+            body = None
         works, parts = [self._headers.send([head], self._peer, _HEADER_TAG)], [head]
-        if x is not None and x.numel():
-            body = tensors.flat_bytes(x.contiguous())
+        if body is not None:
             works.append(self._bodies.send([body], self._peer, _BODY_TAG))
             parts.append(body)
         self._sending.append((works, parts))
@@ -109,7 +129,8 @@ class GroupOutlet:
         self._closed = True
         if self._broken is None:
             try:
-                head = _numbers(Header(0, 0, 0), _CLOSING)
+                head = _message(self._headers is self._bodies)
+                _numbers_in(head).copy_(_numbers(Header(0, 0, 0), _CLOSING))
                 self._sending.append(([self._headers.send([head], self._peer, _HEADER_TAG)], [head]))
             except RuntimeError as error:  # it has gone, and need not be told
                 self._broken = _reason(error)
@@ -172,16 +193,20 @@ def _receive(
     try:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         while True:
-            head = torch.zeros(_HEADER_NUMBERS, dtype=torch.int64)
+            head = _message(headers is bodies)
             headers.recv([head], peer, _HEADER_TAG).wait(_FOREVER)
-            header = _header(head.tolist())
+            header = _header(_numbers_in(head).tolist())
             if header is None:
                 return mailbox.end("it has closed its stage transport")
             batch = Batch(header, None)
             if header.dtype:
-                tensors.check_size(header.shape, header.dtype, limit)
-                with torch.cuda.stream(stream):
-                    batch = _body(header, bodies, peer, device, timeout)
+                size = tensors.check_size(header.shape, header.dtype, limit)
+                if _HEADER_BYTES + size <= head.numel():
+                    flat = head[_HEADER_BYTES : _HEADER_BYTES + size].view(tensors.torch_dtype(header.dtype))
+                    batch = Batch(header, flat.view(header.shape))
+                else:
+                    with torch.cuda.stream(stream):
+                        batch = _body(header, bodies, peer, device, timeout)
             if not mailbox.put(batch):
                 return None
     except RuntimeError as error:  # all that gloo and NCCL raise; a peer that died shows here
