@@ -7,6 +7,7 @@ shows in ``Placement.worker_class``.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
@@ -141,11 +142,11 @@ class DistributedExecutor(Executor):
         with self._send_lock:  # two threads' calls must reach every worker in the same order, or collectives deadlock
             futures = [(rank, self.backend.call(self.workers[rank], name, payload)) for rank, payload in calls]
         limit = self._rpc_timeout if timeout is None else timeout
-        gathering = _Gathering(self.backend, name, futures, reply_rank, limit, on_reply)
+        gathering = _Gathering(self.backend, name, futures, reply_rank, limit, on_reply, self._forget)
         with self._lock:
             self._pending.add(gathering)
-        gathering.add_done_callback(lambda _: self._forget(gathering))
-        if (failure := self._failed_with()) is not None:  # it failed between the check and the registration
+            failure = self._failure
+        if failure is not None:  # it failed between the check and the registration
             gathering.fail(failure)
         gathering.start()
         return gathering
@@ -242,6 +243,7 @@ class _Gathering(Future[Any]):
         reply_rank: int | None,
         timeout: float,
         on_reply: Callable[[int, int], None] | None,
+        on_done: Callable[[_Gathering], None],
     ) -> None:
         super().__init__()
         self._backend = backend
@@ -250,19 +252,22 @@ class _Gathering(Future[Any]):
         self._reply_rank = reply_rank
         self._timeout = timeout
         self._on_reply = on_reply
-        self._missing = {rank for rank, _ in futures}
+        self._on_done = on_done
         self._results: dict[int, Any] = {}
-        self._guard = threading.RLock()
+        self._guard = threading.Lock()
+        self._decided = False
         self.set_running_or_notify_cancel()  # a call that has been sent cannot be cancelled
 
     def start(self) -> None:
         for rank, future in self._futures:
-            future.add_done_callback(lambda done, rank=rank: self._replied(rank, done))  # type: ignore[misc]
+            future.add_done_callback(functools.partial(self._replied, rank))
 
     def fail(self, error: BaseException) -> None:
         with self._guard:
-            if not self.done():
-                self.set_exception(error)
+            first, self._decided = not self._decided, True
+        if first:
+            self._on_done(self)
+            self.set_exception(error)
 
     def _replied(self, rank: int, future: Future[Buffer]) -> None:
         try:
@@ -274,16 +279,19 @@ class _Gathering(Future[Any]):
         except Exception as error:  # noqa: BLE001  a reply that cannot be decoded must not leave the caller waiting
             return self.fail(LightvllmError(f"rank {rank}: the reply to {self._method} cannot be read: {error!r}"))
         with self._guard:
-            if self.done():
+            if self._decided:
                 return None
             self._results[rank] = result
-            self._missing.discard(rank)
             if self._on_reply is not None:
                 self._on_reply(len(self._results), len(self._futures))
-            if not self._missing and self._reply_rank is not None:
-                self.set_result(self._results[self._reply_rank])
-            elif not self._missing:
-                self.set_result([self._results[rank] for rank, _ in self._futures])
+            if len(self._results) < len(self._futures):
+                return None
+            self._decided = True
+        self._on_done(self)
+        if self._reply_rank is not None:
+            self.set_result(self._results[self._reply_rank])
+        else:
+            self.set_result([self._results[rank] for rank, _ in self._futures])
         return None
 
     def result(self, timeout: float | None = None) -> Any:
@@ -294,5 +302,5 @@ class _Gathering(Future[Any]):
         except TimeoutError:
             if self.done():
                 raise  # the call's own error
-            missing = ", ".join(str(rank) for rank in sorted(self._missing))
+            missing = ", ".join(str(rank) for rank, _ in sorted(self._futures) if rank not in self._results)
             raise RpcTimeout(f"{self._method}: no reply from rank {missing} within {limit:g} s") from None
