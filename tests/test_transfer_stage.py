@@ -259,7 +259,7 @@ def test_an_idle_channel_neither_times_out_nor_uses_the_processor(name: str, tmp
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["grpc", "shared"])
 def test_tensors_of_a_gpu_cross_while_it_computes(name: str, tmp_path: Path) -> None:
-    """Both stages on one device; NCCL would need two. What is sent must be complete, what is received usable at once."""
+    """Both stages on one device; NCCL would need two. What is sent is complete, what is received usable at once."""
     device = torch.device("cuda", 0)
     outlet, inlet = open_ends(name, tmp_path, capacity=2)
     first = StageTransport(name, device, 30.0, outlet=outlet, next_rank=1)

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import tiny_llama
 from stage_channels import TRANSPORTS
 from worker_group import GREEDY, Driver, LocalWorker, ProcessWorkers
 
 pytest.importorskip("grpc", reason="the k8s extra is not installed")
+
+import grpc
 
 from lightvllm.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, ParallelConfig
 from lightvllm.errors import LightvllmError, WorkerError
@@ -73,6 +76,29 @@ def test_a_pipeline_gives_the_tokens_of_one_process(
     assert len(list(tmp_path.iterdir())) == (tp * (pp - 1) if name == "shared" else 0)
     processes.call(group.ranks, "close_stage_transport")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_stages_on_several_hosts_are_connected_by_mutual_tls(
+    model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers believe so; the hosts are loopback addresses."""
+    monkeypatch.setenv("LIGHTVLLM_HOST_IP", "127.0.0.3")
+    described = config(model, 1, 3, pp_transport="grpc")
+    with ProcessWorkers(3) as workers:
+        group = Driver(workers, described, local=False)
+        assert group.generate(PROMPTS, 12, chunk=6) == expected
+        listening = [
+            connection.laddr
+            for process in workers.processes
+            for connection in psutil.Process(process.pid).net_connections()
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert [address.ip.removeprefix("::ffff:") for address in listening] == ["127.0.0.3"] * 2
+        for address in listening:
+            with grpc.insecure_channel(f"127.0.0.3:{address.port}") as channel, pytest.raises(grpc.RpcError):
+                channel.unary_unary("/lightvllm.worker.v1.LLMWorker/PushTensors")(b"", timeout=2)
+        workers.call(group.ranks, "close_stage_transport")
 
 
 @pytest.mark.slow

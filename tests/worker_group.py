@@ -101,7 +101,10 @@ class LocalWorker:
 class Driver:
     """Starts a group of workers and generates with it, giving each sequence blocks of its own."""
 
-    def __init__(self, workers: ProcessWorkers | LocalWorker, config: EngineConfig, num_blocks: int = 64) -> None:
+    def __init__(
+        self, workers: ProcessWorkers | LocalWorker, config: EngineConfig, num_blocks: int = 64, local: bool = True
+    ) -> None:
+        """``local`` is what the workers are told: whether all are on one host."""
         self._workers, self._config = workers, config
         self._world = config.parallel.world_size
         self.ranks = range(self._world)
@@ -109,7 +112,8 @@ class Driver:
         self._next_block = 0
         self.num_blocks = num_blocks
         layout = config.parallel
-        self._credentials = make_credentials(layout, local=True)
+        self._credentials = make_credentials(layout, local)
+        self._local = local
         workers.call_each(self.ranks, [self._init(rank) for rank in self.ranks])
         rendezvous = workers.call([0], "open_rendezvous")[0] if layout.needs_process_groups else ""
         staged = layout.pipeline_parallel_size > 1
@@ -128,7 +132,7 @@ class Driver:
         init = WorkerInit(
             rank=rank,
             local_rank=rank,
-            local_world_size=self._world,
+            local_world_size=self._world if self._local else 1,
             device_index=rank,
             world_size=self._world,
             config=self._config,

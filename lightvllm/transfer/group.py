@@ -9,6 +9,7 @@ they are posted. Headers come first, because NCCL's first call waits until the o
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -97,7 +98,7 @@ class GroupOutlet:
             raise LightvllmError(f"a tensor of {len(header.shape)} dimensions; expected at most 8")
         try:
             while len(self._sending) >= self._capacity:
-                left = max(1, round(1000 * (deadline - time.monotonic())))
+                left = max(1, math.ceil(1000 * (deadline - time.monotonic())))
                 for work in self._sending[0][0]:
                     work.wait(timedelta(milliseconds=left))
                 self._sending.popleft()
