@@ -60,7 +60,7 @@ class TicketListener:
         self.accepted: Future[FrameSocket] = Future()
         self._lock = threading.Lock()
         self._claimed = False
-        self._strangers = threading.Semaphore(_STRANGERS)
+        self._strangers: list[_Stranger] = []  # the oldest first
         self._path: Path | None = None
         if listen.startswith("unix:"):
             self._path = Path(listen.removeprefix("unix:"))
@@ -117,34 +117,63 @@ class TicketListener:
                 except OSError:  # shut down; or the system has no room for a connection at the moment
                     time.sleep(0.01)
                     continue
-                if not self._strangers.acquire(blocking=False):
-                    stranger.close()
-                    continue
-                threading.Thread(
-                    target=self._welcome, args=(stranger,), name="lightvllm-ticket-hello", daemon=True
-                ).start()
+                self._hear(_Stranger(stranger))
         finally:
             self._socket.close()
 
-    def _welcome(self, stranger: socket.socket) -> None:
+    def _hear(self, stranger: _Stranger) -> None:
+        """In a thread of its own. When too many are heard, the oldest must go: the one with the ticket is quick."""
+        with self._lock:
+            self._strangers.append(stranger)
+            oldest = self._strangers.pop(0) if len(self._strangers) > _STRANGERS else None
+        if oldest is not None:
+            oldest.interrupt()
+        threading.Thread(target=self._welcome, args=(stranger,), name="lightvllm-ticket-hello", daemon=True).start()
+
+    def _welcome(self, stranger: _Stranger) -> None:
         try:
-            stranger.settimeout(_HELLO_SECONDS)
-            if self._tls is not None:
-                stranger = self._tls.wrap_socket(stranger, server_side=True)
-            hello = _exactly(stranger, _HELLO_BYTES, time.monotonic() + _HELLO_SECONDS)
+            sock = stranger.secured(self._tls)
+            hello = _exactly(sock, _HELLO_BYTES, time.monotonic() + _HELLO_SECONDS)
             if not hmac.compare_digest(hello, _MAGIC + self.ticket) or not self._claim():
                 raise ConnectionRefusedError("no ticket, or one that has been used")
         except OSError:  # it went away, was too slow, has a certificate of another CA, …: it is told nothing
             stranger.close()
             return
         finally:
-            self._strangers.release()
+            with self._lock, contextlib.suppress(ValueError):
+                self._strangers.remove(stranger)
         try:
-            stranger.sendall(_proof(self.ticket))
-            self.accepted.set_result(FrameSocket(stranger, self._limit, self._spin))
+            sock.sendall(_proof(self.ticket))
+            self.accepted.set_result(FrameSocket(sock, self._limit, self._spin))
         except OSError as error:
             stranger.close()
             self.accepted.set_exception(ConnectionAbortedError(f"the peer left while it was welcomed ({error})"))
+
+
+class _Stranger:
+    """A connection that has not yet said who it is."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._lock = threading.Lock()  # of what is closed: its number may soon be another's
+
+    def secured(self, tls: ssl.SSLContext | None) -> socket.socket:
+        """The socket, after TLS's handshake if there is to be one. Raises OSError."""
+        self._socket.settimeout(_HELLO_SECONDS)
+        if tls is not None:
+            with self._lock:
+                secured = self._socket = tls.wrap_socket(self._socket, server_side=True, do_handshake_on_connect=False)
+            secured.do_handshake()
+        return self._socket
+
+    def interrupt(self) -> None:
+        """Whoever reads from it finds its end."""
+        with self._lock, contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # TLS's own would first forget that it is TLS
+
+    def close(self) -> None:
+        with self._lock:
+            self._socket.close()
 
 
 def connect(
