@@ -121,7 +121,8 @@ class Graph(msgspec.Struct, frozen=True):
         overlap_gpu_communication: overlap sending and receiving with computing. A backend that has no such choice
             refuses True with ConfigError.
         step_timeout: seconds that a worker may wait for another's result, where it would otherwise wait for ever: the
-            other one lives, but does not come to an end. What depends on that result fails then.
+            other one lives, but does not come to an end. What depends on that result fails then. (Not on Ray, whose
+            loops cannot be told: there it is waited for until the other one dies or the backend is shut down.)
     """
 
     nodes: tuple[GraphNode, ...]
@@ -142,7 +143,7 @@ class BackendGraph(Protocol):
         the order of the calls and may overlap at different workers. A method that raises makes its node's result a
         failure, which spreads to what uses it and leaves the graph usable (``backends/program.py``). The future itself
         fails only as those of ``Backend.call`` do: with WorkerDied if any of the graph's workers is dead or dies.
-        It gets done whether anybody waits for it or not.
+        It gets done if somebody waits for it, by ``Backend.wait`` or by ``result``, or has added a callback.
         """
 
     def teardown(self, timeout: float) -> None:
