@@ -325,16 +325,16 @@ def decode_value(
 ) -> Any:
     """What ``encode_value`` encoded. Raises as ``decode_reply`` does for what ``encode_failure`` encoded; ``origin``
     tells the rank and the method of the node that failed. ``buffers``, writable, become the value's own memory."""
+    if payload[:1] == _PICKLED:
+        return pickle.loads(memoryview(payload)[1:], buffers=buffers)  # noqa: S301  authenticated, see there
     if is_failure(payload):
         _raise_failure(payload, *(origin(_failure(payload).node) if origin else (None, "a node of the graph")))
-    if buffers and bytes(payload[:1]) == _PICKLED:
-        return pickle.loads(memoryview(payload)[1:], buffers=buffers)  # noqa: S301  authenticated, see there
     return decode_reply("a node of the graph", payload)
 
 
 def is_failure(payload: Buffer) -> bool:
     """Whether it is what ``encode_failure`` encoded."""
-    return bytes(payload[:1]) == _FAILED
+    return payload[:1] == _FAILED
 
 
 def encode_failure(error: BaseException, node: int | None = None) -> bytes:

@@ -9,6 +9,7 @@ holds the inputs that the worker takes, and the reply the results that the drive
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -236,12 +237,17 @@ def _part_of(graph: Graph, worker: str) -> Graph:
 
 
 class _Part(NamedTuple):
-    """What the driver knows of a worker's part."""
+    """What the driver knows of a worker's part.
+
+    Attributes:
+        inputs: position of its payload among those of an execution; workers with equal inputs share one.
+        places: for each result in its reply, the places that it has among ``Graph.outputs``.
+    """
 
     worker: str
     session: WorkerSession
-    inputs: tuple[int | str | None, ...]
-    outputs: list[int]
+    inputs: int
+    places: list[list[int]]
 
 
 class KubernetesGraph:
@@ -250,36 +256,40 @@ class KubernetesGraph:
     def __init__(self, graph: Graph, graph_id: int, workers: Mapping[str, GraphWorker], wait: Wait) -> None:
         self._graph_id = graph_id
         self._method = step_method(graph_id)
-        self._outputs = graph.outputs
+        keys = {name: tuple(given.key for given in inputs_of(graph, name)) for name in workers}
+        self._inputs = list(dict.fromkeys(keys.values()))
         self._parts = [
-            _Part(name, worker.session, tuple(given.key for given in inputs_of(graph, name)), outputs_of(graph, name))
+            _Part(
+                name,
+                worker.session,
+                self._inputs.index(keys[name]),
+                [_places(graph.outputs, node) for node in outputs_of(graph, name)],
+            )
             for name, worker in workers.items()
         ]
+        self._num_outputs = len(graph.outputs)
         self._wait = wait
         self._lock = threading.Lock()  # executions reach every worker in the same order
         self._pending: set[_Execution] = set()
         self._forgetting: list[Future[Buffer]] | None = None
 
     def execute(self, inputs: Mapping[int | str | None, bytes]) -> Future[list[Buffer]]:
-        packed: dict[tuple[int | str | None, ...], Buffer] = {}  # workers with equal inputs share a payload
-        for part in self._parts:
-            if part.inputs not in packed:
-                packed[part.inputs] = pack([inputs[key] for key in part.inputs])
-        execution = _Execution(self._outputs, self._parts)
+        payloads = [inputs[keys[0]] if len(keys) == 1 else pack([inputs[key] for key in keys]) for keys in self._inputs]
+        execution = _Execution(self._num_outputs, len(self._parts))
+        futures = []
         with self._lock:
-            if (error := self._refusal(packed)) is not None:
-                execution.fail(error)
-                return execution
-            futures = [part.session.call(self._method, packed[part.inputs]) for part in self._parts]
+            for part in self._parts:  # it must be sent to all of the workers or to none
+                error = part.session.refusal(self._method, len(payloads[part.inputs]))
+                if error is not None:
+                    execution.fail(error)
+                    return execution
+            for part in self._parts:
+                futures.append((part.session.call(self._method, payloads[part.inputs]), part))  # noqa: PERF401
             self._pending.add(execution)
         execution.add_done_callback(self._pending.discard)
-        execution.start(futures)
+        for future, part in futures:
+            future.add_done_callback(functools.partial(execution.replied, part.places))
         return execution
-
-    def _refusal(self, packed: Mapping[tuple[int | str | None, ...], Buffer]) -> LightvllmError | None:
-        """Why an execution cannot be sent to all of the workers; it must not be sent to some."""
-        refusals = (part.session.refusal(self._method, len(packed[part.inputs])) for part in self._parts)
-        return next(filter(None, refusals), None)
 
     def worker_died(self, worker: str, died: WorkerDied) -> None:
         """Fail what is pending if ``worker`` is one of the graph's, also where it had replied already. Its session
@@ -313,20 +323,19 @@ class KubernetesGraph:
             return self._forgetting
 
 
+def _places(outputs: Sequence[int], node: int) -> list[int]:
+    return [place for place, output in enumerate(outputs) if output == node]
+
+
 class _Execution(Future[list[Buffer]]):
     """Done when every worker has replied, failed when the first one fails."""
 
-    def __init__(self, outputs: Sequence[int], parts: Sequence[_Part]) -> None:
+    def __init__(self, num_outputs: int, num_workers: int) -> None:
         super().__init__()
-        self._outputs, self._parts = outputs, parts
-        self._results: dict[int, Buffer] = {}
+        self._results: list[Buffer] = [b""] * num_outputs
         self._guard = threading.Lock()
-        self._missing = len(parts)  # replies; 0 once it is decided
+        self._missing = num_workers  # that have not replied; 0 once it is decided
         self.set_running_or_notify_cancel()  # what has been sent cannot be cancelled
-
-    def start(self, futures: Sequence[Future[Buffer]]) -> None:
-        for part, future in zip(self._parts, futures, strict=True):
-            future.add_done_callback(lambda done, part=part: self._replied(part, done))  # type: ignore[misc]
 
     def fail(self, error: BaseException) -> None:
         with self._guard:
@@ -334,26 +343,34 @@ class _Execution(Future[list[Buffer]]):
         if first:
             self.set_exception(error)
 
-    def _replied(self, part: _Part, future: Future[Buffer]) -> None:
-        if (error := future.exception()) is not None:
+    def replied(self, places: Sequence[Sequence[int]], future: Future[Buffer]) -> None:
+        """``places``: of ``_Part``."""
+        try:
+            reply = future.result()
+        except LightvllmError as error:
             self.fail(error)
             return
-        results = self._results_of(part, future.result())
+        if len(places) == 1:
+            for place in places[0]:
+                self._results[place] = reply
+        else:
+            self._unpack(places, reply)
         with self._guard:
-            if not self._missing:
-                return
-            self._results.update(results)
             self._missing -= 1
-            last = not self._missing
+            last = self._missing == 0
         if last:
-            self.set_result([self._results[node] for node in self._outputs])
+            self.set_result(self._results)
 
-    def _results_of(self, part: _Part, reply: Buffer) -> dict[int, Buffer]:
+    def _unpack(self, places: Sequence[Sequence[int]], reply: Buffer) -> None:
         """A worker's whole reply may be a failure, which then is the result of all that it has part in."""
+        results: Sequence[Buffer]
         try:
-            if not is_failure(reply):
-                return dict(zip(part.outputs, unpack(reply, len(part.outputs)), strict=True))
-            failure = reply
+            if is_failure(reply):
+                places, results = places or [range(len(self._results))], [reply] * max(1, len(places))
+            else:
+                results = unpack(reply, len(places))
         except LightvllmError as malformed:
-            failure = encode_failure(malformed)
-        return dict.fromkeys(part.outputs or self._outputs, failure)
+            places, results = places or [range(len(self._results))], [encode_failure(malformed)] * max(1, len(places))
+        for those, result in zip(places, results, strict=True):
+            for place in those:
+                self._results[place] = result

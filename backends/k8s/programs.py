@@ -199,30 +199,26 @@ class _Program:
     def __init__(self, asked: Install, limit: int) -> None:
         graph, worker = asked.graph, asked.worker
         self._limit = limit
-        self._steps = list(steps(graph, worker))
-        self._inputs = inputs_of(graph, worker)
+        mine = list(steps(graph, worker))
+        inputs = inputs_of(graph, worker)
+        self._num_inputs = len(inputs)
         self._outputs = outputs_of(graph, worker)
-        self._peers = {step.index: peers_of(graph, step.index) for step in self._steps}
-        uses = [source.node for step in self._steps for source in step.sources if isinstance(source, GraphResult)]
+        uses = [source.node for step in mine for source in step.sources if isinstance(source, GraphResult)]
         remote = {node: graph.nodes[node].worker for node in uses if graph.nodes[node].worker != worker}
-        self._given: list[list[_Given]] = []
-        seen: dict[int, int] = {}
-        for step in self._steps:
-            self._given.append([])
+        self._plan: list[tuple[Step, list[_Given], list[str], bool]] = []
+        for step in mine:
+            given = []
             for source in step.sources:
                 if isinstance(source, GraphInput):
-                    given = _Given(True, False, self._inputs.index(source), False)
+                    given.append(_Given(True, False, inputs.index(source), False))
                 else:
-                    seen[source.node] = seen.get(source.node, 0) + 1
-                    later = seen[source.node] < uses.count(source.node)
-                    given = _Given(False, source.node not in remote, source.node, later)
-                self._given[-1].append(given)
+                    uses.remove(source.node)
+                    given.append(_Given(False, source.node not in remote, source.node, source.node in uses))
+            self._plan.append((step, given, peers_of(graph, step.index), step.index in self._outputs))
         self._executions = 0
-        self._edges = (
-            Edges(remote, limit, graph.max_inflight_executions, graph.step_timeout, asked.identity)
-            if remote or any(self._peers.values())
-            else None
-        )
+        self._edges: Edges | None = None
+        if remote or any(peers for _, _, peers, _ in self._plan):
+            self._edges = Edges(remote, limit, graph.max_inflight_executions, graph.step_timeout, asked.identity)
 
     @property
     def edges(self) -> Edges:
@@ -233,11 +229,11 @@ class _Program:
     def run(self, worker: object, payload: Buffer) -> Buffer:
         """One execution: the results that the driver wants."""
         self._executions += 1
-        inputs = unpack(payload, len(self._inputs))
+        inputs = (payload,) if self._num_inputs == 1 else unpack(payload, self._num_inputs)
         kept: dict[int, Any] = {}
         came: dict[int, Parts] = {}
         results: dict[int, bytes] = {}
-        for step, given in zip(self._steps, self._given, strict=True):
+        for step, given, peers, is_output in self._plan:
             values = [
                 load(inputs[one.key], step.index)
                 if one.is_input
@@ -249,9 +245,9 @@ class _Program:
             result = step.run(worker, values)
             if step.kept:
                 kept[step.index] = result
-            if peers := self._peers[step.index]:
+            if peers:
                 self.edges.send(peers, self._executions, step.index, self._parts(result, step))
-            if step.index in self._outputs:
+            if is_output:
                 results[step.index] = dump(result, step.index)
         if self._edges is not None:
             self._edges.end_of(self._executions)
