@@ -27,6 +27,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rpc_process import ContenderFailed, ContenderProcess, RayCluster, describe_machine, write_secrets
 from rpc_report import Cell, Results, print_results, print_targets, size_name, targets
 
@@ -295,7 +296,7 @@ def main(
     signal.signal(signal.SIGTERM, _terminated)
     machine = describe_machine(VERSIONS)
     _print_machine(console, machine)
-    begun = time.monotonic()
+    begun, status = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="lightvllm-rpc-") as folder:
         write_secrets(Path(folder))
         bench = Bench(
@@ -311,13 +312,18 @@ def main(
             if growth:
                 bench.measure_growth(GROWTH_COUNTS)
         except ContenderFailed as failure:
-            console.print(f"[red]error:[/] {failure}")
-            raise typer.Exit(1) from None
+            console.print("[red]error:[/]", escape(str(failure)))
+            status = 1
+        except KeyboardInterrupt:
+            console.print("[yellow]interrupted; what had been measured completely until then:[/]")
+            status = 130
         finally:
             with _undisturbed():
                 if bench.cluster is not None:
                     bench.cluster.close()
     ours = [name for name in names if CATALOGUE[name].ours]
+    if status and not bench.results.cells:
+        raise typer.Exit(status)
     found = targets(bench.results, ours, idle)
     print_results(console, bench.results, {name: CATALOGUE[name].title for name in names}, idle)
     print_targets(console, found)
@@ -336,6 +342,8 @@ def main(
             "targets": [vars(target) | {"met": target.met} for target in found],
         }  # fmt: skip
         json_file.write_text(json.dumps(document, indent=1) + "\n")
+    if status:
+        raise typer.Exit(status)
 
 
 def _own_python() -> str:
