@@ -297,6 +297,7 @@ class RayBackend:
                 actor.join(made)
         except LightvllmError as error:
             made.fail(error)
+            self._graphs.discard(made)
             raise
         building = in_thread(made.build)
         ended = made.ended
@@ -311,6 +312,7 @@ class RayBackend:
             raise RpcTimeout(f"compile: the graph's workers did not learn it within {timeout:g} s; are they busy?")
         if (failure := building.exception()) is not None:
             made.fail(ConfigError("the graph could not be compiled"))
+            self._graphs.discard(made)
             raise LightvllmError(f"Ray could not compile the graph: {one_line(failure)}") from failure
         return made
 

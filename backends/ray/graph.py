@@ -200,7 +200,7 @@ class RayGraph:
                         raise self._end
                     self._pending.append(_Execution(future, header, numbers))
             except LightvllmError as end:
-                self._skip([numbers])
+                self._skip([numbers], end)
                 future.settle(end)
                 return future
             for key, channel in self._writers:
@@ -316,14 +316,14 @@ class RayGraph:
             execution.future.settle(end)
         with self._state:
             self._state.notify_all()
-        if not isinstance(end, Shutdown):
-            self._skip([execution.numbers for execution in pending])
+        self._skip([execution.numbers for execution in pending], end)
         self.dispose()
 
-    def _skip(self, executions: Sequence[Sequence[range]]) -> None:
+    def _skip(self, executions: Sequence[Sequence[range]], end: LightvllmError) -> None:
+        """Tell the workers which numbers will not come; after a shutdown there is nobody to tell."""
+        if isinstance(end, Shutdown) or not executions:
+            return
         for part, *numbers in zip(self._parts, *executions, strict=False):
-            if not numbers:
-                return
             try:
                 part.handle.skip.options(concurrency_group="control").remote(numbers)
             except Exception as error:  # noqa: BLE001  it is dead, or Ray is
