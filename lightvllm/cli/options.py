@@ -142,19 +142,18 @@ class EngineOptions:
     ] = None
 
     k8s_transport: Annotated[
-        KubernetesTransport | None,
+        KubernetesTransport,
         typer.Option(
             help="What carries calls to workers: a gRPC stream, a socket beside it, or the faster that connects.",
-            show_default="auto",
             rich_help_panel=_K8S,
         ),
-    ] = None
+    ] = KubernetesTransport.auto
 
     def refuse_unused(self, executors: Collection[str]) -> None:
         """Raise ConfigError for an option of an orchestrator that is not used."""
         for field in fields(self):
             owner = field.name.partition("_")[0]
-            if owner in ("ray", "k8s") and getattr(self, field.name) is not None and owner not in executors:
+            if owner in ("ray", "k8s") and getattr(self, field.name) != field.default and owner not in executors:
                 option = "--" + field.name.replace("_", "-")
                 raise ConfigError(f"{option} is given, but executor {owner} is not used; leave it out, or use {owner}")
 
