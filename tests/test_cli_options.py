@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from lightvllm.cli import options
-from lightvllm.cli.options import EngineOptions, parse_bytes, with_engine_options
+from lightvllm.cli.options import EngineOptions, KubernetesTransport, parse_bytes, with_engine_options
 from lightvllm.config import EXECUTOR_NAMES, DeviceConfig
 from lightvllm.engine.llm import LLM
 from lightvllm.errors import ConfigError
@@ -80,6 +80,9 @@ def test_options_of_an_executor_that_is_not_used_are_refused():
     EngineOptions(ray_address="auto").refuse_unused(["uniproc", "ray"])
     with pytest.raises(ConfigError, match="--k8s-token-file is given, but executor k8s is not used"):
         EngineOptions(k8s_token_file=Path("t")).refuse_unused(["uniproc", "ray"])
+    EngineOptions(k8s_transport=KubernetesTransport.auto).refuse_unused(["uniproc", "ray"])
+    with pytest.raises(ConfigError, match="--k8s-transport is given, but executor k8s is not used"):
+        EngineOptions(k8s_transport=KubernetesTransport.grpc).refuse_unused(["uniproc", "ray"])
 
 
 def test_the_decorator_gives_a_command_its_options_and_defaults():

@@ -128,6 +128,8 @@ def test_layouts(tmp_path: Path) -> None:
         (lambda: ExecutorConfig(name="mpi"), "executor='mpi' is unknown; use one of uniproc, ray, k8s"),
         (lambda: ExecutorConfig(name="ray", k8s_workers=("a:1",)), "use executor='k8s'"),
         (lambda: ExecutorConfig(name="k8s", ray_address="auto"), "use executor='ray'"),
+        (lambda: ExecutorConfig(name="k8s", k8s_transport="tcp"), "use one of auto, grpc, direct"),
+        (lambda: ExecutorConfig(name="ray", k8s_transport="grpc"), "use executor='k8s'"),
         (lambda: ExecutorConfig(start_timeout=0), "start_timeout=0"),
         (lambda: ExecutorConfig(step_timeout=float("inf")), "step_timeout=inf"),
     ],
