@@ -12,7 +12,7 @@ from rich.table import Table
 from rpc_process import Burst, CpuSeconds
 
 IDLE_BOUND = 0.05
-"""Seconds that are shown as 0.0."""
+"""Seconds that count as 0.0."""
 
 
 @dataclass
@@ -125,7 +125,7 @@ def targets(results: Results, ours: Sequence[str], idle_seconds: float) -> list[
     for name in ours:
         if (used := results.idle.get(name)) is not None:
             what = f"{name}, CPU seconds in {idle_seconds:g} s idle"
-            found.append(Target(what, IDLE_BOUND, used.driver + used.workers))
+            found.append(Target(what, IDLE_BOUND, round(used.driver + used.workers, 2)))  # of ticks of 10 ms
     return found
 
 
