@@ -86,8 +86,8 @@ def _backend(spec: dict[str, Any], stack: contextlib.ExitStack) -> Backend:
     folder = Path(spec["folder"])
     tls = spec["carrier"] == "tls"
     addresses = _start_servers(stack, spec["world_size"], folder, tls)
-    files = [str(folder / name) for name in ("driver-cert.pem", "driver-key.pem", "ca.pem")] if tls else [None] * 3
-    return KubernetesBackend(tuple(addresses), str(folder / "token"), *files, transport=spec["transport"])
+    cert, key, ca = (str(folder / name) if tls else None for name in ("driver-cert.pem", "driver-key.pem", "ca.pem"))
+    return KubernetesBackend(tuple(addresses), str(folder / "token"), cert, key, ca, transport=spec["transport"])
 
 
 def _start_servers(stack: contextlib.ExitStack, count: int, folder: Path, tls: bool) -> list[str]:
