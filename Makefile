@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench-engine · make bench-kernels · make bench-rpc · make bench-pipeline      (a second time each is quick)
+# make demo · make test · make lint · make bench-engine · make bench-kernels · make bench-rpc · make bench-carriers · make bench-pipeline      (a second time each is quick)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO_MODEL := smollm2-135m
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: model demo test lint proto bench-engine bench-kernels bench-rpc bench-pipeline clean
+.PHONY: model demo test lint proto bench-engine bench-kernels bench-rpc bench-carriers bench-pipeline clean
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; give another with PYTHON=python3.x (3.11 to 3.13)" >&2; exit 1; }
@@ -53,6 +53,10 @@ bench-kernels: $(VENV)/installed
 bench-rpc: $(VENV)/installed
 	$(BIN)/python benchmarks/install_vllm.py .venv-vllm
 	$(BIN)/python benchmarks/rpc.py --vllm-python .venv-vllm/bin/python --growth
+
+# What the wire's design chose, each against its alternatives, interleaved.
+bench-carriers: $(VENV)/installed
+	$(BIN)/python benchmarks/carriers.py
 
 # Two pipeline stages under each transport, against one process and against Ray, interleaved.
 bench-pipeline: model
