@@ -116,10 +116,17 @@ def test_a_host_runs_calls_by_their_numbers() -> None:
 
 @pytest.fixture(scope="module")
 def shared_ray() -> Iterator[None]:
+    """Its end leaves nothing in shared memory."""
     pytest.importorskip("ray", reason="the ray extra is not installed")
     lease = cluster.connect(None, cluster.LocalClusterConfig(), Future())
+    assert cluster._current is not None
+    assert cluster._current.local is not None
+    members = set(head.session_members(cluster._current.local.session))
     yield
+    made = [path for pid in members for path in Path("/dev/shm").glob(f"sem.*{pid}-*")]
+    assert made, "the graphs of these tests have semaphores, named after a process of the cluster"
     lease.release()
+    assert not any(path.exists() for path in made)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import io
 import os
+import re
 import select
 import shutil
 import signal
@@ -45,16 +46,30 @@ def session_members(session: int) -> list[int]:
 
 
 def end_session(session: int, limit: float = 5.0) -> bool:
-    """SIGKILL the members of a session until none is left; False if some are after ``limit`` seconds."""
+    """SIGKILL the members of a session until none is left; False if some are after ``limit`` seconds.
+
+    Removes the semaphores of their compiled graphs, too: Ray's processes do that only where they end by themselves.
+    """
     deadline = time.monotonic() + limit
+    killed: set[int] = set()
     while members := session_members(session):
+        killed.update(members)
         for pid in members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
             return False
         time.sleep(0.005)
+    _remove_semaphores(killed)
     return True
+
+
+def _remove_semaphores(pids: set[int]) -> None:
+    """Ray names them after the process that made the object: ``sem.hdrPID-TIME`` and ``sem.objPID-TIME``."""
+    for path in Path("/dev/shm").glob("sem.*"):  # noqa: S108  where Linux keeps named semaphores
+        maker = re.fullmatch(r"sem\.(?:hdr|obj)(\d+)-\d+", path.name)
+        if maker and int(maker[1]) in pids:
+            path.unlink(missing_ok=True)
 
 
 def hold(temp_dir: str, arguments: list[str]) -> None:
