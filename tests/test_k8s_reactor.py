@@ -110,6 +110,22 @@ def test_a_wait_ends_in_time(peer: Peer, reactor: Reactor) -> None:
     assert peer.replies[1].done()
 
 
+def test_a_wait_ends_in_time_though_replies_keep_coming(peer: Peer, reactor: Reactor) -> None:
+    stop = threading.Event()
+
+    def talk() -> None:
+        number = 1
+        while not stop.is_set():
+            peer.answer(number)
+            number += 1
+
+    thread = in_thread(talk)
+    reactor.wait(Future(), 0.05)
+    stop.set()
+    while thread.is_alive():
+        thread.join(0.01)
+
+
 def test_a_future_that_others_complete_ends_the_wait(peer: Peer, reactor: Reactor) -> None:
     future: Future[None] = Future()
     waiting = in_thread(lambda: reactor.wait(future, LIMIT))

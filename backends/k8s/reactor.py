@@ -116,22 +116,31 @@ class Reactor:
             self._waiting.release()
 
     def _read_until(self, future: Future[Any], deadline: float) -> None:
-        poll, now = self._epoll.poll, time.perf_counter
-        spin_until, hooked = now() + self._spin, False
+        poll, hooked = self._epoll.poll, False
         while not future.done() and not self._closed.is_set():
-            events = poll(0)
-            if not events and now() >= spin_until:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    return
+            if not (events := poll(0)) and not (events := self._look()):
                 if not hooked:  # whoever completes it must wake this thread, which is about to sleep
                     hooked = True
                     future.add_done_callback(self._ring_for_reader)
                     continue
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return
                 events = poll(remaining)
             self._handle(events)
+            if time.monotonic() >= deadline:
+                return
         if self._closed.is_set() and not future.done():
             concurrent.futures.wait((future,), max(0.0, deadline - time.monotonic()))
+
+    def _look(self) -> list[tuple[int, int]]:
+        """Spin for events."""
+        if not self._spin:
+            return []
+        until = time.perf_counter() + self._spin
+        while not (events := self._epoll.poll(0)) and time.perf_counter() < until:
+            os.sched_yield()
+        return events
 
     def _ring_for_reader(self, _: Future[Any]) -> None:
         if self._reader != threading.get_ident():
