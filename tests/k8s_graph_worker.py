@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import socket
-import stat
 import threading
 from collections import Counter
 from typing import Any
 
-import psutil
 from graph_worker import GraphWorker
 
 from lightvllm.backends.k8s.edges import Edges
@@ -45,9 +43,6 @@ class K8sGraphWorker(GraphWorker):
 
     def open_things(self) -> dict[str, Any]:
         return open_things()
-
-    def cpu_seconds(self) -> float:
-        return sum(psutil.Process().cpu_times()[:2])
 
     def links(self) -> list[str]:
         """The kinds of the sockets that lead to other workers."""
@@ -93,8 +88,3 @@ class K8sGraphWorker(GraphWorker):
         """Changes what it is given."""
         array += 1
         return int(array[0])
-
-    def sockets_in(self, directory: str) -> list[str]:
-        return [
-            entry.name for entry in os.scandir(directory) if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode)
-        ]

@@ -27,7 +27,7 @@ import msgspec
 
 from lightvllm.backends.k8s.reactor import Reactor
 from lightvllm.errors import AuthError, ConfigError, LightvllmError, RpcTimeout
-from lightvllm.messages import Buffer
+from lightvllm.messages import Buffer, StageCredentials
 from lightvllm.transfer import frames, link
 from lightvllm.transfer.frames import Frame, FrameSocket
 from lightvllm.transfer.link import TicketListener
@@ -36,7 +36,7 @@ Parts = list[Buffer]
 """A result as it travels: what is pickled, or a failure; then the memory of the large tensors and arrays in it."""
 
 _PATIENCE_SECONDS = 0.05  # that a producer writes for a peer that takes nothing, before it goes on with its own work
-_OVERHEAD_BYTES = 64 * 2**10  # of a result beyond max_message_bytes, which its producer has held it to
+OVERHEAD_BYTES = 64 * 2**10  # of a result beyond max_message_bytes, which its producer has held it to
 _NAME = struct.Struct("<I?")  # the producing node; whether this is its result's last frame
 
 # The kernel tells of a process that ends at once, of a host that goes without a word by these (seconds, count). A
@@ -44,29 +44,21 @@ _NAME = struct.Struct("<I?")  # the producing node; whether this is its result's
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3))
 
 
-class Identity(msgspec.Struct, frozen=True):
-    """What a worker shows to the others of its graph where it is not on their host: PEM, of the graph's own CA, which
-    has signed for nobody else. No ``repr`` shows it."""
-
-    cert: bytes
-    key: bytes
-    ca: bytes
-
-    def __repr__(self) -> str:
-        return "Identity(hidden)"
-
-    def context(self, server: bool) -> ssl.SSLContext:
-        """Mutual TLS 1.3. Which of the graph's workers the other one is, the ticket tells."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(cadata=self.ca.decode())
-        fd = os.memfd_create("lightvllm-identity", os.MFD_CLOEXEC)  # it is read from files only
-        with open(fd, "wb", buffering=0) as file:
-            file.write(self.cert + self.key)
-            context.load_cert_chain(f"/proc/self/fd/{fd}")
-        return context
+def _context(credentials: StageCredentials, server: bool) -> ssl.SSLContext | None:
+    """Mutual TLS 1.3 with a CA that has signed for this graph's workers only; which of them the other one is, the
+    ticket tells. None without a certificate."""
+    if not credentials.cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(cadata=credentials.ca.decode())
+    fd = os.memfd_create("lightvllm-certificate", os.MFD_CLOEXEC)  # it is read from files only
+    with open(fd, "wb", buffering=0) as file:
+        file.write(credentials.cert + credentials.key)
+        context.load_cert_chain(f"/proc/self/fd/{fd}")
+    return context
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -89,15 +81,15 @@ class Edges:
         limit: bytes of the largest result.
         window: executions that may be in flight.
         timeout: seconds to wait for a result.
-        identity: for links that may leave the host; None where they do not.
+        credentials: the worker's; with a certificate for links that may leave the host.
     """
 
     def __init__(
-        self, sources: Mapping[int, str], limit: int, window: int, timeout: float, identity: Identity | None
+        self, sources: Mapping[int, str], limit: int, window: int, timeout: float, credentials: StageCredentials
     ) -> None:
         self._sources = dict(sources)
         self._limit, self._window, self._timeout = limit, window, timeout
-        self._identity = identity
+        self._credentials = credentials
         self._reactor = Reactor()
         self._listeners: dict[str, TicketListener] = {}
         self._links: dict[str, FrameSocket] = {}
@@ -111,7 +103,7 @@ class Edges:
 
     def listen(self, peer: str, address: str, timeout: float) -> Offer:
         """Wait for ``peer`` at ``address`` ("unix:/path", or a host), for ``timeout`` seconds and in the background."""
-        tls = None if self._identity is None else self._identity.context(server=True)
+        tls = _context(self._credentials, server=True)
         try:
             listener = TicketListener(address, self._frame_limit, timeout, tls)
         except OSError as error:
@@ -121,7 +113,7 @@ class Edges:
 
     def connect(self, peer: str, offer: Offer, timeout: float) -> None:
         """Take up the offer of ``peer``."""
-        tls = None if self._identity is None else self._identity.context(server=False)
+        tls = _context(self._credentials, server=False)
         try:
             self._add(peer, link.connect(offer.address, offer.ticket, self._frame_limit, timeout, tls))
         except (OSError, AuthError) as error:
@@ -156,7 +148,7 @@ class Edges:
 
     @property
     def _frame_limit(self) -> int:
-        return self._limit + _OVERHEAD_BYTES
+        return self._limit + OVERHEAD_BYTES
 
     # ----------------------------------------------------------------------------------------------- sending
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +21,9 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from lightvllm.backends.base import Graph, GraphArgument, GraphConstant, GraphNode
+from lightvllm.backends.k8s.channels import TRANSPORTS
 from lightvllm.backends.k8s.discovery import private_directory
-from lightvllm.backends.k8s.edges import Identity, Offer
+from lightvllm.backends.k8s.edges import Offer
 from lightvllm.backends.k8s.programs import (
     ACCEPT,
     CONNECT,
@@ -31,8 +33,9 @@ from lightvllm.backends.k8s.programs import (
     Connect,
     Forget,
     Install,
-    Offers,
+    Installed,
     inputs_of,
+    numbers_of,
     outputs_of,
     pack,
     peers_of,
@@ -42,13 +45,12 @@ from lightvllm.backends.k8s.programs import (
 from lightvllm.backends.k8s.security import is_loopback, split_address
 from lightvllm.backends.k8s.session import WorkerSession
 from lightvllm.errors import ConfigError, LightvllmError, RpcTimeout, WorkerDied
-from lightvllm.messages import Buffer, decode_reply, encode_failure, is_failure
+from lightvllm.messages import Buffer, StageCredentials, decode_reply, encode_failure, is_failure
+from lightvllm.transfer.credentials import VALID_DAYS, host_name
 
 T = TypeVar("T")
 Wait = Callable[[Future[Any], float], None]
 """``Backend.wait``."""
-
-_IDENTITY_DAYS = 1.0  # certificates are shown once, when the links are made; the links outlive them
 
 
 class GraphWorker(NamedTuple):
@@ -58,6 +60,16 @@ class GraphWorker(NamedTuple):
     target: str
     tls: bool
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a child of the driver."""
+        return self.target.startswith("unix:")
+
+    @property
+    def is_near(self) -> bool:
+        """Whether it is on the driver's host. If it is not local, its address means another host elsewhere then."""
+        return self.is_local or is_loopback(split_address(self.target)[0])
+
 
 def compile_graph(
     graph: Graph, graph_id: int, workers: Mapping[str, GraphWorker], wait: Wait, timeout: float
@@ -66,7 +78,7 @@ def compile_graph(
 
     ``graph_id``: a number that no other graph of these workers has.
     """
-    _check(graph)
+    _check(graph, workers)
     used = {node.worker: workers[node.worker] for node in graph.nodes}
     compiled = KubernetesGraph(graph, graph_id, used, wait)
     try:
@@ -77,12 +89,18 @@ def compile_graph(
     return compiled
 
 
-def _check(graph: Graph) -> None:
-    for node in graph.nodes:
-        if node.transport != "auto":
+def _check(graph: Graph, workers: Mapping[str, GraphWorker]) -> None:
+    for index, node in enumerate(graph.nodes):
+        if node.transport != "auto" and node.transport not in TRANSPORTS:
             raise ConfigError(
-                f"tensor transport {node.transport!r} of {node.method}: on this backend, results go from worker to "
-                "worker by direct connections; use 'auto'"
+                f"tensor transport {node.transport!r} of {node.method}: this backend has "
+                f"{', '.join(map(repr, TRANSPORTS))} and its own direct connections; use one of them, or 'auto'"
+            )
+        far = [name for name in (node.worker, *peers_of(graph, index)) if not workers[name].is_near]
+        if node.transport == "shared" and far:
+            raise ConfigError(
+                f"tensor transport 'shared' of {node.method}: it needs workers on this host, which {far[0]} need not "
+                "be; use 'auto' or 'grpc'"
             )
     if graph.buffer_size_bytes is not None:
         raise ConfigError("_buffer_size_bytes: this backend's channels have no buffers of fixed size; leave it out")
@@ -105,28 +123,25 @@ class _Linking:
         self._links = self._choose_links()
 
     def _choose_links(self) -> list[tuple[str, str]]:
-        """Who listens and who connects, for each two workers with an edge between them."""
+        """Who listens and who connects, for each two workers with an edge of transport 'auto' between them."""
         pairs = {
             frozenset((node.worker, peer))
             for index, node in enumerate(self._graph.nodes)
             for peer in peers_of(self._graph, index)
+            if node.transport == "auto"
         }
         names = list(self._workers)
-        return [(b, a) if self._is_near(a) else (a, b) for a, b in (sorted(pair, key=names.index) for pair in pairs)]
-
-    def _is_near(self, worker: str) -> bool:
-        """Whether the driver reaches it at an address that means another host elsewhere."""
-        target = self._workers[worker].target
-        return not target.startswith("unix:") and is_loopback(split_address(target)[0])
+        ordered = (sorted(pair, key=names.index) for pair in pairs)
+        return [(b, a) if self._workers[a].is_near else (a, b) for a, b in ordered]
 
     @property
     def _remaining(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
 
     def run(self) -> None:
-        identities = self._identities()
+        credentials = self._credentials()
         with self._sockets() as addresses:
-            offers = self._ask(
+            installed = self._ask(
                 INSTALL,
                 {
                     name: Install(
@@ -134,26 +149,15 @@ class _Linking:
                         worker=name,
                         graph=_part_of(self._graph, name),
                         offers_to={peer: addresses[name, peer] for one, peer in self._links if one == name},
-                        identity=identities.get(name),
+                        credentials=credentials[name],
                         timeout=self._remaining,
                     )
                     for name in self._workers
                 },
-                Offers,
+                Installed,
             )
-            self._ask(
-                CONNECT,
-                {
-                    name: Connect(
-                        graph_id=self._graph_id,
-                        offers={
-                            one: self._as_seen(one, offers[one][name]) for one, peer in self._links if peer == name
-                        },
-                        timeout=self._remaining,
-                    )
-                    for name in dict.fromkeys(peer for _, peer in self._links)
-                },
-            )
+            connects = {name: self._connect(name, installed) for name in self._workers}
+            self._ask(CONNECT, {name: it for name, it in connects.items() if it.offers or it.outlets})
             self._ask(
                 ACCEPT,
                 {
@@ -162,24 +166,44 @@ class _Linking:
                 },
             )
 
-    def _identities(self) -> dict[str, Identity]:
-        """For workers whose servers have TLS: their own certificates are for servers, and say nothing of a graph."""
-        if not self._links or not any(worker.tls for worker in self._workers.values()):
-            return {}
+    def _connect(self, name: str, installed: Mapping[str, Installed]) -> Connect:
+        """What ``name`` is to take up."""
+        outlets = {
+            index: {
+                peer: self._as_seen(peer, installed[peer].inlets[index], node.transport == "grpc")
+                for peer in peers_of(self._graph, index)
+            }
+            for index, node in enumerate(self._graph.nodes)
+            if node.worker == name and node.transport != "auto"
+        }
+        offers = {}
+        for one, peer in self._links:
+            if peer == name:
+                offer = installed[one].offers[name]
+                offers[one] = Offer(self._as_seen(one, offer.address, True), offer.ticket)
+        return Connect(graph_id=self._graph_id, offers=offers, outlets=outlets, timeout=self._remaining)
+
+    def _credentials(self) -> dict[str, StageCredentials]:
+        """With certificates for workers whose servers have TLS: their own are for servers, and say nothing of a
+        graph."""
+        group, token = secrets.token_hex(8), secrets.token_urlsafe(32)
+        if not any(worker.tls for worker in self._workers.values()):
+            return dict.fromkeys(self._workers, StageCredentials(group=group, token=token))
         from lightvllm.certs import Authority
 
-        authority = Authority.new(days=2 * _IDENTITY_DAYS)
-        identities = {}
-        for number, name in enumerate(self._workers):
-            host = f"worker-{number}"
-            issued = authority.issue(host, "peer", [host], _IDENTITY_DAYS)
-            identities[name] = Identity(issued.cert, issued.key, authority.cert)
-        return identities
+        authority = Authority.new(days=2 * VALID_DAYS)
+        credentials = {}
+        for name, number in numbers_of(self._graph).items():
+            issued = authority.issue(host_name(number), "peer", [host_name(number)], VALID_DAYS)
+            credentials[name] = StageCredentials(
+                group=group, token=token, cert=issued.cert, key=issued.key, ca=authority.cert
+            )
+        return credentials
 
     @contextlib.contextmanager
     def _sockets(self) -> Iterator[dict[tuple[str, str], str]]:
         """Where to listen for each link (``Install.offers_to``): for local workers in a directory that goes again."""
-        local = [link for link in self._links if self._workers[link[0]].target.startswith("unix:")]
+        local = [link for link in self._links if self._workers[link[0]].is_local]
         directory: Path | None = private_directory() if local else None
         try:
             yield {
@@ -192,12 +216,11 @@ class _Linking:
                     left.unlink(missing_ok=True)
                 directory.rmdir()
 
-    def _as_seen(self, worker: str, offer: Offer) -> Offer:
+    def _as_seen(self, worker: str, address: str, on_network: bool) -> str:
         """With the host by which the driver, too, reaches ``worker``."""
-        if offer.address.startswith("unix:"):
-            return offer
-        host, port = self._workers[worker].target.rpartition(":")[0], offer.address.rpartition(":")[2]
-        return Offer(f"{host}:{port}", offer.ticket)
+        if not on_network or self._workers[worker].is_local:
+            return address
+        return f"{self._workers[worker].target.rpartition(':')[0]}:{address.rpartition(':')[2]}"
 
     def _ask(self, method: str, calls: Mapping[str, msgspec.Struct], answer: type[T] | None = None) -> dict[str, T]:
         encoded = {name: msgspec.msgpack.encode(call) for name, call in calls.items()}

@@ -20,11 +20,12 @@ from typing import Any
 import msgspec
 
 from lightvllm.backends.base import Graph, GraphInput, GraphResult
-from lightvllm.backends.k8s.edges import Edges, Identity, Offer, Parts
+from lightvllm.backends.k8s.channels import Channels
+from lightvllm.backends.k8s.edges import Edges, Offer, Parts
 from lightvllm.backends.k8s.security import check_address, split_address
 from lightvllm.backends.program import Step, dump, load, sources, steps
 from lightvllm.errors import ConfigError, LightvllmError
-from lightvllm.messages import Buffer, encode_failure, is_failure
+from lightvllm.messages import Buffer, StageCredentials, encode_failure, is_failure
 
 PREFIX = "<graph"
 """Of the methods that are for ``Programs``."""
@@ -45,7 +46,7 @@ class Install(msgspec.Struct, frozen=True, kw_only=True):
         worker: whose part this is, of ``GraphNode.worker``.
         graph: without the constants of other workers.
         offers_to: the workers that are to connect to this one; for each "unix:/path", or "" for this server's own host.
-        identity: what to show to the others; None where all are on one host.
+        credentials: what to show to the others; without a certificate where all are on one host.
         timeout: seconds for them to connect.
     """
 
@@ -53,15 +54,25 @@ class Install(msgspec.Struct, frozen=True, kw_only=True):
     worker: str
     graph: Graph
     offers_to: dict[str, str] = {}
-    identity: Identity | None = None
+    credentials: StageCredentials
     timeout: float
 
 
+class Installed(msgspec.Struct, frozen=True):
+    """The answer to ``INSTALL``: offers of links, by the worker that is to connect; and where this worker waits for the
+    results of nodes that have another transport, by node."""
+
+    offers: dict[str, Offer]
+    inlets: dict[int, str]
+
+
 class Connect(msgspec.Struct, frozen=True, kw_only=True):
-    """Offers, by the worker that made them."""
+    """What others wait with: ``offers`` by the worker that made it, ``outlets`` by this worker's node and the other
+    worker."""
 
     graph_id: int
     offers: dict[str, Offer]
+    outlets: dict[int, dict[str, str]]
     timeout: float
 
 
@@ -76,8 +87,9 @@ class Forget(msgspec.Struct, frozen=True, kw_only=True):
     graph_id: int
 
 
-Offers = dict[str, Offer]
-"""The answer to ``INSTALL``."""
+def numbers_of(graph: Graph) -> dict[str, int]:
+    """The workers' numbers, by which their certificates name them (``transfer.credentials.host_name``)."""
+    return {worker: number for number, worker in enumerate(dict.fromkeys(node.worker for node in graph.nodes))}
 
 
 def peers_of(graph: Graph, node: int) -> list[str]:
@@ -143,12 +155,11 @@ class Programs:
             if method == INSTALL:
                 return msgspec.msgpack.encode(self._install(msgspec.msgpack.decode(payload, type=Install)))
             if method == CONNECT:
-                asked = msgspec.msgpack.decode(payload, type=Connect)
-                for peer, offer in asked.offers.items():
-                    self._known(asked.graph_id).edges.connect(peer, offer, asked.timeout)
+                connecting = msgspec.msgpack.decode(payload, type=Connect)
+                self._programs[step_method(connecting.graph_id)].connect(connecting)
             elif method == ACCEPT:
                 accepting = msgspec.msgpack.decode(payload, type=Accept)
-                self._known(accepting.graph_id).edges.accept(accepting.timeout)
+                self._programs[step_method(accepting.graph_id)].accept(accepting)
             elif method == FORGET:
                 forgotten = self._programs.pop(step_method(msgspec.msgpack.decode(payload, type=Forget).graph_id), None)
                 if forgotten is not None:
@@ -159,27 +170,15 @@ class Programs:
             return encode_failure(error)
         return b""
 
-    def _known(self, graph_id: int) -> _Program:
-        return self._programs[step_method(graph_id)]
-
-    def _install(self, asked: Install) -> Offers:
+    def _install(self, asked: Install) -> Installed:
         program = _Program(asked, self._limit)
         try:
-            offers = {
-                peer: program.edges.listen(peer, address or self._host(asked.identity), asked.timeout)
-                for peer, address in asked.offers_to.items()
-            }
+            installed = program.listen(asked, self._listen)
         except BaseException:
             program.close()
             raise
         self._programs[step_method(asked.graph_id)] = program
-        return offers
-
-    def _host(self, identity: Identity | None) -> str:
-        """The host of this worker's server, if what goes to it cannot be read on the way."""
-        if identity is None:
-            check_address(self._listen, None)
-        return split_address(self._listen)[0]
+        return installed
 
 
 class _Given:
@@ -216,15 +215,57 @@ class _Program:
                     given.append(_Given(False, source.node not in remote, source.node, source.node in uses))
             self._plan.append((step, given, peers_of(graph, step.index), step.index in self._outputs))
         self._executions = 0
-        self._edges: Edges | None = None
-        if remote or any(peers for _, _, peers, _ in self._plan):
-            self._edges = Edges(remote, limit, graph.max_inflight_executions, graph.step_timeout, asked.identity)
+        self._sources = remote
+        self._transports = [node.transport for node in graph.nodes]
+        self._numbers = numbers_of(graph)
+        self._worker = worker
+        ways = {self._transports[node] for node in remote} | {
+            self._transports[step.index] for step, _, peers, _ in self._plan if peers
+        }
+        setting = (limit, graph.max_inflight_executions, graph.step_timeout)
+        linked = {node: peer for node, peer in remote.items() if self._transports[node] == "auto"}
+        self._edges = Edges(linked, *setting, asked.credentials) if "auto" in ways else None
+        self._channels = Channels(asked.credentials, *setting) if ways - {"auto"} else None
 
     @property
     def edges(self) -> Edges:
-        if self._edges is None:
-            raise LightvllmError("this part of the graph has no edges to other workers")
+        assert self._edges is not None
         return self._edges
+
+    @property
+    def channels(self) -> Channels:
+        assert self._channels is not None
+        return self._channels
+
+    def listen(self, asked: Install, server: str) -> Installed:
+        """``server``: the address of this worker's server."""
+        offers = {
+            peer: self.edges.listen(peer, address or _host_of(server, asked.credentials), asked.timeout)
+            for peer, address in asked.offers_to.items()
+        }
+        mine = self._numbers[self._worker]
+        inlets = {
+            node: self.channels.listen(
+                node,
+                self._transports[node],
+                mine,
+                self._numbers[producer],
+                _host_of(server, asked.credentials) if asked.credentials.cert else "",
+            )
+            for node, producer in self._sources.items()
+            if self._transports[node] != "auto"
+        }
+        return Installed(offers, inlets)
+
+    def connect(self, asked: Connect) -> None:
+        for peer, offer in asked.offers.items():
+            self.edges.connect(peer, offer, asked.timeout)
+        for node, addresses in asked.outlets.items():
+            for peer, address in addresses.items():
+                self.channels.connect(node, peer, self._transports[node], self._numbers[peer], address, asked.timeout)
+
+    def accept(self, asked: Accept) -> None:
+        self.edges.accept(asked.timeout)
 
     def run(self, worker: object, payload: Buffer) -> Buffer:
         """One execution: the results that the driver wants."""
@@ -246,7 +287,8 @@ class _Program:
             if step.kept:
                 kept[step.index] = result
             if peers:
-                self.edges.send(peers, self._executions, step.index, self._parts(result, step))
+                to = self.edges if self._transports[step.index] == "auto" else self.channels
+                to.send(peers, self._executions, step.index, self._parts(result, step))
             if is_output:
                 results[step.index] = dump(result, step.index)
         if self._edges is not None:
@@ -258,7 +300,10 @@ class _Program:
         parts = came.get(one.key)
         if parts is None:
             try:
-                parts = self.edges.take(self._executions, one.key)
+                if self._transports[one.key] == "auto":
+                    parts = self.edges.take(self._executions, one.key)
+                else:
+                    parts = self.channels.take(self._executions, one.key, self._sources[one.key])
             except LightvllmError as error:
                 parts = [encode_failure(error, user)]
             if one.copy:
@@ -288,3 +333,12 @@ class _Program:
     def close(self) -> None:
         if self._edges is not None:
             self._edges.close()
+        if self._channels is not None:
+            self._channels.close()
+
+
+def _host_of(server: str, credentials: StageCredentials) -> str:
+    """The host of this worker's server, if what goes to it cannot be read on the way."""
+    if not credentials.cert:
+        check_address(server, None)
+    return split_address(server)[0]

@@ -14,6 +14,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import select
 import socket
 import ssl
 import threading
@@ -78,7 +79,7 @@ class TicketListener:
             self._socket = socket.create_server((listen, 0), family=family, backlog=_STRANGERS)
             host = f"[{listen}]" if ":" in listen else listen
             self.address = f"{host}:{self._socket.getsockname()[1]}"
-        self._socket.settimeout(0.5)
+        self._socket.setblocking(False)
         threading.Thread(target=self._accept, name="lightvllm-ticket", daemon=True).start()
 
     def __repr__(self) -> str:
@@ -101,20 +102,26 @@ class TicketListener:
             if self._path is not None:
                 self._path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept()
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes poll()
         return first
 
     def _accept(self) -> None:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
         try:
             while not self._claimed:
-                if time.monotonic() >= self._deadline:
+                remaining = self._deadline - time.monotonic()
+                if remaining <= 0:
                     self._close(TimeoutError("nobody has connected"))
                     return
+                # Not accept() with a time-out: on a Unix socket that is shut down it spins until the time is up.
+                if not poll.poll(1000 * min(remaining, 60.0)) or self._claimed:
+                    continue
                 try:
                     stranger, _ = self._socket.accept()
-                except TimeoutError:
+                except BlockingIOError:  # it has gone again
                     continue
-                except OSError:  # shut down; or the system has no room for a connection at the moment
+                except OSError:  # the system has no room for a connection at the moment
                     time.sleep(0.01)
                     continue
                 self._hear(_Stranger(stranger))
