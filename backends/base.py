@@ -156,6 +156,8 @@ class BackendGraph(Protocol):
 
 
 OnFailure = Callable[[WorkerRef, WorkerDied], None]
+OnReply = Callable[[Buffer | BaseException], None]
+"""Given a call's reply, or the error that the future of ``Backend.call`` would have failed with."""
 Progress = Callable[[str], None]
 """Told, in a few words, what is being waited for: "workers 1/2 ready"."""
 
@@ -175,6 +177,11 @@ class Backend(Protocol):
     def call(self, worker: WorkerRef, method: str, payload: Buffer) -> Future[Buffer]:
         """Have ``worker`` run ``messages.invoke(method, payload)``; the future gives its reply."""
 
+    def send(self, worker: WorkerRef, method: str, payload: Buffer, on_reply: OnReply) -> None:
+        """``call`` without a future, which costs as much as a small call itself. ``on_reply`` is called once, in
+        whichever thread has the reply or the error, perhaps before ``send`` returns; it must neither block nor
+        raise."""
+
     def wait(self, future: Future[Any], timeout: float) -> None:
         """Return when ``future``, which depends on calls of this backend, is done, or after ``timeout`` seconds."""
 
@@ -186,6 +193,20 @@ class Backend(Protocol):
 
     def shutdown(self, timeout: float = 5.0) -> None:
         """End every worker, with force where it does not end by itself within ``timeout`` seconds."""
+
+
+def complete(future: Future[Buffer], reply: Buffer | BaseException) -> None:
+    """As OnReply: what ``call`` makes of ``send``."""
+    if isinstance(reply, BaseException):
+        future.set_exception(reply)
+    else:
+        future.set_result(reply)
+
+
+def tell(on_reply: OnReply, future: Future[Buffer]) -> None:
+    """As the callback of a future: what ``send`` makes of ``call``."""
+    error = future.exception()
+    on_reply(future.result() if error is None else error)
 
 
 def load_worker_class(name: str) -> Any:

@@ -8,6 +8,7 @@ the (daemon) thread to end with it.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import os
 import queue
 import socket
@@ -22,10 +23,12 @@ from lightvllm.backends.base import (
     Graph,
     GraphInput,
     OnFailure,
+    OnReply,
     Placement,
     Progress,
     WorkerRef,
     load_worker_class,
+    tell,
 )
 from lightvllm.backends.program import Source, Step, dump, load, steps
 from lightvllm.errors import ConfigError, PlacementError, RpcTimeout, Shutdown, WorkerDied
@@ -144,6 +147,9 @@ class InProcessBackend:
                 raise
             raise PlacementError(f"{ready} of {len(workers)} workers; {worker.ref.id}: {error!r}") from error
         return [worker.ref for worker in workers]
+
+    def send(self, worker: WorkerRef, method: str, payload: Buffer, on_reply: OnReply) -> None:
+        self.call(worker, method, payload).add_done_callback(functools.partial(tell, on_reply))
 
     def call(self, worker: WorkerRef, method: str, payload: Buffer) -> Future[Buffer]:
         answer: _Answer[Buffer] = _Answer()

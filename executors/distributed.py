@@ -137,18 +137,18 @@ class DistributedExecutor(Executor):
         reply_rank: int | None,
         on_reply: Callable[[int, int], None] | None = None,
     ) -> _Gathering:
-        if (failure := self._failed_with()) is not None:
-            raise failure
-        with self._send_lock:  # two threads' calls must reach every worker in the same order, or collectives deadlock
-            futures = [(rank, self.backend.call(self.workers[rank], name, payload)) for rank, payload in calls]
         limit = self._rpc_timeout if timeout is None else timeout
-        gathering = _Gathering(self.backend, name, futures, reply_rank, limit, on_reply, self._forget)
+        asked = tuple(calls)
+        gathering = _Gathering(
+            self.backend, name, [rank for rank, _ in asked], reply_rank, limit, on_reply, self._forget
+        )
         with self._lock:
+            if self._failure is not None:
+                raise self._failure
             self._pending.add(gathering)
-            failure = self._failure
-        if failure is not None:  # it failed between the check and the registration
-            gathering.fail(failure)
-        gathering.start()
+        with self._send_lock:  # two threads' calls must reach every worker in the same order, or collectives deadlock
+            for rank, payload in asked:
+                self.backend.send(self.workers[rank], name, payload, functools.partial(gathering.replied, rank))
         return gathering
 
     # ---------------------------------------------------------------------------------------------- graphs
@@ -239,7 +239,7 @@ class _Gathering(Future[Any]):
         self,
         backend: Backend,
         method: str,
-        futures: list[tuple[int, Future[Buffer]]],
+        ranks: list[int],
         reply_rank: int | None,
         timeout: float,
         on_reply: Callable[[int, int], None] | None,
@@ -248,7 +248,7 @@ class _Gathering(Future[Any]):
         super().__init__()
         self._backend = backend
         self._method = method
-        self._futures = futures  # held until done: a dropped gRPC future would cancel its call
+        self._ranks = ranks
         self._reply_rank = reply_rank
         self._timeout = timeout
         self._on_reply = on_reply
@@ -258,10 +258,6 @@ class _Gathering(Future[Any]):
         self._decided = False
         self.set_running_or_notify_cancel()  # a call that has been sent cannot be cancelled
 
-    def start(self) -> None:
-        for rank, future in self._futures:
-            future.add_done_callback(functools.partial(self._replied, rank))
-
     def fail(self, error: BaseException) -> None:
         with self._guard:
             first, self._decided = not self._decided, True
@@ -269,9 +265,12 @@ class _Gathering(Future[Any]):
             self._on_done(self)
             self.set_exception(error)
 
-    def _replied(self, rank: int, future: Future[Buffer]) -> None:
+    def replied(self, rank: int, reply: Buffer | BaseException) -> None:
+        """The reply of ``rank``, or why there is none."""
         try:
-            result = decode_reply(self._method, future.result(), rank)
+            if isinstance(reply, BaseException):
+                raise reply
+            result = decode_reply(self._method, reply, rank)
         except WorkerDied as died:
             return self.fail(WorkerDied(died.worker, died.reason, rank))
         except (LightvllmError, CancelledError) as error:
@@ -283,15 +282,15 @@ class _Gathering(Future[Any]):
                 return None
             self._results[rank] = result
             if self._on_reply is not None:
-                self._on_reply(len(self._results), len(self._futures))
-            if len(self._results) < len(self._futures):
+                self._on_reply(len(self._results), len(self._ranks))
+            if len(self._results) < len(self._ranks):
                 return None
             self._decided = True
         self._on_done(self)
         if self._reply_rank is not None:
             self.set_result(self._results[self._reply_rank])
         else:
-            self.set_result([self._results[rank] for rank, _ in self._futures])
+            self.set_result([self._results[rank] for rank in self._ranks])
         return None
 
     def result(self, timeout: float | None = None) -> Any:
@@ -302,5 +301,5 @@ class _Gathering(Future[Any]):
         except TimeoutError:
             if self.done():
                 raise  # the call's own error
-            missing = ", ".join(str(rank) for rank, _ in sorted(self._futures) if rank not in self._results)
+            missing = ", ".join(str(rank) for rank in sorted(self._ranks) if rank not in self._results)
             raise RpcTimeout(f"{self._method}: no reply from rank {missing} within {limit:g} s") from None

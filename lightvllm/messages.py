@@ -250,7 +250,23 @@ def _tensor(dtype: str, shape: tuple[int, ...], bits: bytearray) -> Any:
     return torch.frombuffer(bits, dtype=torch.uint8).view(getattr(torch, dtype)).view(shape)
 
 
+_SCALARS = frozenset((type(None), bool, int, float, complex))
+_SIMPLE_BYTES = 16 * 2**10  # longer ones are worth a way that copies them less often
+
+
+def _is_simple(value: Any) -> bool:
+    """Whether plain pickle does the same as ``_Pickler``, in a third of the time."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return True
+    if kind is bytes or kind is str:
+        return len(value) <= _SIMPLE_BYTES
+    return (kind is tuple and all(map(_is_simple, value))) or (kind is dict and not value)
+
+
 def _pickled(value: Any, take: Callable[[pickle.PickleBuffer], object] | None = None) -> bytes:
+    if _is_simple(value):
+        return _PICKLED + pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
     with io.BytesIO() as file:
         file.write(_PICKLED)
         _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=take).dump(value)

@@ -7,6 +7,7 @@ SystemExit instead.
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import threading
 import time
@@ -114,6 +115,19 @@ class TestEveryBackend:
             future.result(LIMIT)
         for worker in placed:
             assert ask(backend, worker, "read_log") == (list(range(100)), 0)
+
+    def test_what_is_sent_is_answered_once_with_the_reply_or_the_error(
+        self, backend: Backend, placed: list[WorkerRef]
+    ) -> None:
+        told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for value in (1, 2, 3):
+            backend.send(placed[0], *encode_call("echo", (value,), None), told.put)
+        assert [decode_reply("echo", told.get(timeout=LIMIT)) for _ in range(3)] == [1, 2, 3]
+        backend.send(placed[0], *encode_call("exit_yourself", (1,), None), told.put)
+        assert isinstance(told.get(timeout=LIMIT), WorkerDied)
+        backend.send(placed[0], *encode_call("echo", (4,), None), told.put)
+        assert isinstance(told.get(timeout=LIMIT), WorkerDied)
+        assert told.empty()
 
     def test_an_error_is_the_replys_and_the_worker_goes_on(self, backend: Backend, placed: list[WorkerRef]) -> None:
         with pytest.raises(WorkerError, match="ValueError: no good") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lightvllm.backends.base import BackendGraph, Graph, OnFailure, Placement, Progress, WorkerRef
+from lightvllm.backends.base import BackendGraph, Graph, OnFailure, OnReply, Placement, Progress, WorkerRef, tell
 from lightvllm.backends.inprocess import InProcessBackend
 from lightvllm.config import ParallelConfig
 from lightvllm.errors import LightvllmError, PlacementError, RpcTimeout, Shutdown, WorkerDied, WorkerError
@@ -38,6 +39,9 @@ class SteeredBackend:
         self.on_failure = on_failure
         self.refs = [WorkerRef(f"w{i}", "here", index=i) for i in range(request.world_size)]
         return self.refs
+
+    def send(self, worker: WorkerRef, method: str, payload: Buffer, on_reply: OnReply) -> None:
+        self.call(worker, method, payload).add_done_callback(functools.partial(tell, on_reply))
 
     def call(self, worker: WorkerRef, method: str, payload: Buffer) -> Future[Buffer]:
         future: Future[Buffer] = Future()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import gc
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +24,11 @@ from lightvllm.backends.base import (
     GraphNode,
     GraphResult,
     OnFailure,
+    OnReply,
     Placement,
     Progress,
     WorkerRef,
+    tell,
 )
 from lightvllm.backends.inprocess import InProcessBackend
 from lightvllm.config import ParallelConfig
@@ -81,6 +84,9 @@ class SteeredBackend:
         self.on_failure = on_failure
         self.refs = [WorkerRef(f"w{i}", "here", index=i) for i in range(request.world_size)]
         return self.refs
+
+    def send(self, worker: WorkerRef, method: str, payload: Buffer, on_reply: OnReply) -> None:
+        self.call(worker, method, payload).add_done_callback(functools.partial(tell, on_reply))
 
     def call(self, worker: WorkerRef, method: str, payload: Buffer) -> Future[Buffer]:
         raise NotImplementedError

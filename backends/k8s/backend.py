@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from lightvllm.backends.base import BackendGraph, Graph, OnFailure, Placement, Progress, WorkerRef
+from lightvllm.backends.base import BackendGraph, Graph, OnFailure, OnReply, Placement, Progress, WorkerRef
 from lightvllm.backends.k8s.discovery import Discovery, Endpoint, LocalProcesses, StaticAddresses
 from lightvllm.backends.k8s.process import MAX_MESSAGE_BYTES
 from lightvllm.backends.k8s.reactor import Reactor
@@ -261,6 +261,11 @@ class KubernetesBackend:
         )
 
     # -------------------------------------------------------------------------------------------------- call
+
+    def send(self, worker: WorkerRef, method: str, payload: Buffer, on_reply: OnReply) -> None:
+        session = self._members[worker.id].session
+        assert session is not None  # a WorkerRef exists only for a worker that has been placed
+        session.send(method, payload, on_reply)
 
     def call(self, worker: WorkerRef, method: str, payload: Buffer) -> Future[Buffer]:
         session = self._members[worker.id].session

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from lightvllm.backends.base import OnReply, complete
 from lightvllm.backends.k8s import wire
 from lightvllm.backends.k8s.reactor import Reactor
 from lightvllm.backends.k8s.security import Tls, Token
@@ -84,7 +85,7 @@ class WorkerSession:
         self._reactor = reactor
         self._encoder = encoder or wire.CallEncoder()
         self._lock = threading.Lock()
-        self._pending: collections.deque[tuple[int, str, Future[Buffer]]] = collections.deque()
+        self._pending: collections.deque[tuple[int, str, OnReply]] = collections.deque()
         self._sent = 0
         self._over: LightvllmError | None = None  # why calls are refused
         self._broken = False
@@ -240,21 +241,21 @@ class WorkerSession:
     def call(self, method: str, payload: Buffer) -> Future[Buffer]:
         """Send a call. The future has failed already if the session is over or the payload is too large."""
         future: Future[Buffer] = Future()
-        future.set_running_or_notify_cancel()  # it has been sent: it can no longer be cancelled
-        data = payload if isinstance(payload, bytes) else bytes(payload)
-        error: LightvllmError | None
-        if len(data) > self._limit:
-            error = ConfigError(f"the call of {method} is {len(data)} bytes, more than max_message_bytes={self._limit}")
-        else:
-            with self._lock:
-                error = self._over
-                if error is None:
-                    self._sent += 1
-                    self._pending.append((self._sent, method, future))
-                    self._send(self._sent, method, data)
-        if error is not None:
-            future.set_exception(error)
+        future.set_running_or_notify_cancel()  # what has been sent can no longer be cancelled
+        self.send(method, payload, functools.partial(complete, future))
         return future
+
+    def send(self, method: str, payload: Buffer, on_reply: OnReply) -> None:
+        """``call`` without a future; see ``Backend.send``."""
+        data = payload if isinstance(payload, bytes) else bytes(payload)
+        with self._lock:
+            error = self.refusal(method, len(data))
+            if error is None:
+                self._sent += 1
+                self._send(self._sent, method, data)
+                self._pending.append((self._sent, method, on_reply))
+        if error is not None:
+            on_reply(error)
 
     def _send(self, number: int, method: str, data: bytes) -> None:
         if self._direct is None:
@@ -282,8 +283,8 @@ class WorkerSession:
             expected = self._pending[0][0] if self._pending else None
             if number != expected:
                 raise ConnectionError(f"it answered call {number}, expected an answer to call {expected}")
-            future = self._pending.popleft()[2]
-        future.set_result(payload)
+            on_reply = self._pending.popleft()[2]
+        on_reply(payload)
 
     def _read_stream(self) -> None:
         try:
@@ -316,8 +317,8 @@ class WorkerSession:
                 self._over = error
             failed, self._pending = self._pending, collections.deque()
         self._cancelled.set()
-        for _, _, future in failed:
-            future.set_exception(error)
+        for _, _, on_reply in failed:
+            on_reply(error)
 
     def close(self) -> None:
         """Tell the worker politely that its driver is done; ``ended`` is set when it has understood."""

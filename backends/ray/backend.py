@@ -15,6 +15,7 @@ the process is gone, whether or not any call is pending.
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import queue
 import re
@@ -26,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from lightvllm.backends.base import BackendGraph, Graph, OnFailure, Placement, Progress, WorkerRef
+from lightvllm.backends.base import BackendGraph, Graph, OnFailure, OnReply, Placement, Progress, WorkerRef, tell
 from lightvllm.backends.ray import cluster
 from lightvllm.backends.ray.cluster import Lease, LocalClusterConfig, in_thread, one_line
 from lightvllm.backends.ray.graph import MAX_GRAPHS, GraphFuture, Part, RayGraph
@@ -210,6 +211,9 @@ class RayBackend:
         return done
 
     # ------------------------------------------------------------------------------------------------ calls
+
+    def send(self, worker: WorkerRef, method: str, payload: Buffer, on_reply: OnReply) -> None:
+        self.call(worker, method, payload).add_done_callback(functools.partial(tell, on_reply))
 
     def call(self, worker: WorkerRef, method: str, payload: Buffer) -> Future[Buffer]:
         actor = self._actors[worker.id]
