@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from lightvllm.transfer.frames import SPIN_SECONDS, Frame, FrameSocket
+from lightvllm.transfer.frames import SOON, SPIN_SECONDS, Frame, FrameSocket
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,9 @@ class Reactor:
     """Methods may be called from any thread."""
 
     def __init__(self, spin: float = SPIN_SECONDS) -> None:
-        """``spin``: seconds that a waiting thread looks before it sleeps."""
+        """``spin``: seconds that a waiting thread looks before it sleeps, if the last reply came soon enough."""
         self._spin = spin
+        self._eager = spin > 0  # the last events that were waited for came soon
         self._epoll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
@@ -116,28 +117,29 @@ class Reactor:
             self._waiting.release()
 
     def _read_until(self, future: Future[Any], deadline: float) -> None:
-        poll, hooked = self._epoll.poll, False
+        poll, now, hooked = self._epoll.poll, time.perf_counter, False
         while not future.done() and not self._closed.is_set():
-            if not (events := poll(0)) and not (events := self._look()):
-                if not hooked:  # whoever completes it must wake this thread, which is about to sleep
-                    hooked = True
-                    future.add_done_callback(self._ring_for_reader)
-                    continue
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    return
-                events = poll(remaining)
+            if not (events := poll(0)):
+                began = now()
+                if not (self._eager and (events := self._look(began + self._spin))):
+                    if not hooked:  # whoever completes it must wake this thread, which is about to sleep
+                        hooked = True
+                        future.add_done_callback(self._ring_for_reader)
+                        if future.done():
+                            return
+                    remaining = deadline - time.monotonic()
+                    if remaining <= 0:
+                        return
+                    events = poll(remaining)
+                    self._eager = now() - began < SOON * self._spin
             self._handle(events)
             if time.monotonic() >= deadline:
                 return
         if self._closed.is_set() and not future.done():
             concurrent.futures.wait((future,), max(0.0, deadline - time.monotonic()))
 
-    def _look(self) -> list[tuple[int, int]]:
+    def _look(self, until: float) -> list[tuple[int, int]]:
         """Spin for events."""
-        if not self._spin:
-            return []
-        until = time.perf_counter() + self._spin
         while not (events := self._epoll.poll(0)) and time.perf_counter() < until:
             os.sched_yield()
         return events
