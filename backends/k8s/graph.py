@@ -299,19 +299,17 @@ class KubernetesGraph:
     def execute(self, inputs: Mapping[int | str | None, bytes]) -> Future[list[Buffer]]:
         payloads = [inputs[keys[0]] if len(keys) == 1 else pack([inputs[key] for key in keys]) for keys in self._inputs]
         execution = _Execution(self._num_outputs, len(self._parts))
-        futures = []
         with self._lock:
             for part in self._parts:  # it must be sent to all of the workers or to none
                 error = part.session.refusal(self._method, len(payloads[part.inputs]))
                 if error is not None:
                     execution.fail(error)
                     return execution
-            for part in self._parts:
-                futures.append((part.session.call(self._method, payloads[part.inputs]), part))  # noqa: PERF401
             self._pending.add(execution)
+            for part in self._parts:
+                on_reply = functools.partial(execution.replied, part.places)
+                part.session.send(self._method, payloads[part.inputs], on_reply)
         execution.add_done_callback(self._pending.discard)
-        for future, part in futures:
-            future.add_done_callback(functools.partial(execution.replied, part.places))
         return execution
 
     def worker_died(self, worker: str, died: WorkerDied) -> None:
@@ -366,12 +364,10 @@ class _Execution(Future[list[Buffer]]):
         if first:
             self.set_exception(error)
 
-    def replied(self, places: Sequence[Sequence[int]], future: Future[Buffer]) -> None:
+    def replied(self, places: Sequence[Sequence[int]], reply: Buffer | BaseException) -> None:
         """``places``: of ``_Part``."""
-        try:
-            reply = future.result()
-        except LightvllmError as error:
-            self.fail(error)
+        if isinstance(reply, BaseException):
+            self.fail(reply)
             return
         if len(places) == 1:
             for place in places[0]:
