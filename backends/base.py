@@ -20,9 +20,10 @@ of the construction. The contract, held by one test suite on every backend (``te
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -193,6 +194,12 @@ class Backend(Protocol):
 
     def shutdown(self, timeout: float = 5.0) -> None:
         """End every worker, with force where it does not end by itself within ``timeout`` seconds."""
+
+
+def wait_for(future: Future[Any], timeout: float) -> None:
+    """Return when ``future`` is done or ``timeout`` seconds have passed; cheaper than ``concurrent.futures.wait``."""
+    with contextlib.suppress(TimeoutError, CancelledError):
+        future.exception(timeout)
 
 
 def complete(future: Future[Buffer], reply: Buffer | BaseException) -> None:

@@ -29,6 +29,7 @@ from lightvllm.backends.base import (
     WorkerRef,
     load_worker_class,
     tell,
+    wait_for,
 )
 from lightvllm.backends.program import Source, Step, dump, load, steps
 from lightvllm.errors import ConfigError, PlacementError, RpcTimeout, Shutdown, WorkerDied
@@ -159,7 +160,7 @@ class InProcessBackend:
         return answer
 
     def wait(self, future: Future[Any], timeout: float) -> None:
-        concurrent.futures.wait([future], timeout)
+        wait_for(future, timeout)
 
     def compile(self, graph: Graph, timeout: float) -> BackendGraph:
         """Nothing is waited for: the workers' threads are given their steps with each execution."""

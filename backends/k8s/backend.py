@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import concurrent.futures
 import itertools
 import platform
 import socket
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from lightvllm.backends.base import BackendGraph, Graph, OnFailure, OnReply, Placement, Progress, WorkerRef
+from lightvllm.backends.base import BackendGraph, Graph, OnFailure, OnReply, Placement, Progress, WorkerRef, wait_for
 from lightvllm.backends.k8s.discovery import Discovery, Endpoint, LocalProcesses, StaticAddresses
 from lightvllm.backends.k8s.process import MAX_MESSAGE_BYTES
 from lightvllm.backends.k8s.reactor import Reactor
@@ -276,7 +275,7 @@ class KubernetesBackend:
         if self._reactor is not None:
             self._reactor.wait(future, timeout)
         else:
-            concurrent.futures.wait((future,), timeout)
+            wait_for(future, timeout)
 
     def _what_was_decided(self) -> str:
         """What carries the calls, and why the slower where the faster was wanted."""

@@ -10,7 +10,6 @@ Callbacks of futures run in whichever thread reads, and must not block.
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import logging
 import os
@@ -22,6 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from lightvllm.backends.base import wait_for
 from lightvllm.transfer.frames import SOON, SPIN_SECONDS, Frame, FrameSocket
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Reactor:
             self._read_until(future, time.monotonic() + timeout)
             return
         if not self._waiting.acquire(blocking=False):
-            concurrent.futures.wait((future,), timeout)  # another thread waits, and reads for both
+            wait_for(future, timeout)  # another thread waits, and reads for both
             return
         try:
             deadline = time.monotonic() + timeout
@@ -136,7 +136,7 @@ class Reactor:
             if time.monotonic() >= deadline:
                 return
         if self._closed.is_set() and not future.done():
-            concurrent.futures.wait((future,), max(0.0, deadline - time.monotonic()))
+            wait_for(future, max(0.0, deadline - time.monotonic()))
 
     def _look(self, until: float) -> list[tuple[int, int]]:
         """Spin for events."""

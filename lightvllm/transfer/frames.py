@@ -89,13 +89,17 @@ class FrameSocket:
         with self._sending:
             if size <= _COPIED_BYTES:
                 data = b"".join((header, name, payload))
-                if self._tls is None and not self._unsent:  # as nearly always: one piece, and room for it
-                    sent = self._write((data,))
+                sent = 0
+                if not self._unsent and (self._tls is None or len(data) <= _RECORD_BYTES):  # as nearly always
+                    try:
+                        sent = self._socket.send(data)
+                    except _WOULD_BLOCK:
+                        pass
+                    except OSError as error:
+                        raise _broken(error) from None
                     if sent == len(data):
                         return True
-                    self._unsent.append(memoryview(data)[sent:])
-                    return False
-                self._unsent.append(memoryview(data))
+                self._unsent.append(memoryview(data)[sent:])
             else:
                 self._unsent.append(memoryview(header + name))
                 self._unsent.append(memoryview(payload).cast("B"))
@@ -130,7 +134,7 @@ class FrameSocket:
         except _WOULD_BLOCK:
             return 0
         except OSError as error:
-            raise ConnectionError(f"the connection broke ({error.strerror or error})") from None
+            raise _broken(error) from None
 
     def write(self, kind: int, sequence_number: int, name: bytes, payload: Buffer, timeout: float | None) -> None:
         """``send``, and wait until all is written; TimeoutError after ``timeout`` seconds (then the connection can only
@@ -165,20 +169,20 @@ class FrameSocket:
     def read(self, timeout: float | None) -> Frame:
         """The next frame. Raises TimeoutError after ``timeout`` seconds; nothing is lost then."""
         frames = self._frames
-        if frames or self.receive():
+        if frames or (self._over is not None and self.receive()):
             return frames.popleft()
         began = time.perf_counter()
         if not (self._eager and self._look(began + self._spin)):
             deadline = None if timeout is None else time.monotonic() + timeout
-            self._sleep(self._poll, deadline)
             while not self.receive():
                 self._sleep(self._poll, deadline)
             self._eager = time.perf_counter() - began < SOON * self._spin
         return frames.popleft()
 
     def _look(self, until: float) -> bool:
-        """Spin for a frame."""
-        while not self.receive():
+        """Spin for a frame. To ask whether there is anything costs less than to try, in TLS's case much less."""
+        ready = self._poll.poll
+        while not (ready(0) and self.receive()):
             if time.perf_counter() >= until:
                 return False
             os.sched_yield()
@@ -200,7 +204,7 @@ class FrameSocket:
             except _WOULD_BLOCK:
                 return None
             except OSError as error:
-                return f"the connection broke ({error.strerror or error})"
+                return str(_broken(error))
             if count == 0:
                 return "the connection broke (the other side closed it)"
             if self._large is not None:
@@ -253,3 +257,7 @@ class FrameSocket:
     def close(self) -> None:
         """Close the connection; idempotent. Nobody may be in ``read`` or ``write``, nor call them afterwards."""
         self._socket.close()
+
+
+def _broken(error: OSError) -> ConnectionError:
+    return ConnectionError(f"the connection broke ({error.strerror or error})")
