@@ -36,10 +36,11 @@ _BACK_OFF_SECONDS = (0.1, 1.0)  # between two of them: first, most
 _BUSY_SECONDS = 3.0  # how long a worker may go on serving a driver that has just gone
 _DIRECT_SECONDS = 5.0  # for a direct connection to be opened; it either can be at once or not at all
 
-_PASSING = (  # may be otherwise in a moment: the server is not there yet, or is just ending
+_PASSING = (  # may be otherwise in a moment: the server is not there yet, is just ending, or has too many at its door
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
 
 

@@ -54,6 +54,11 @@ def server_options(target: str, max_message_bytes: int) -> Options:
         *_keepalive(target, _SERVER_KEEPALIVE_MS),
         ("grpc.http2.min_ping_interval_without_data_ms", _CLIENT_KEEPALIVE_MS[0] // 2),
         ("grpc.http2.max_ping_strikes", 0),
+        # Calls, of anybody, that have arrived and not been looked at: from the first number on some are refused, beyond
+        # the second all. By default there may be 3,000, which is 80 MiB in the hands of strangers.
+        ("grpc.server.max_pending_requests", 128),
+        ("grpc.server.max_pending_requests_hard_limit", 256),
+        ("grpc.server_handshake_timeout_ms", 10_000),  # who says nothing for so long is no driver
         ("grpc.so_reuseport", 0),  # a port belongs to one server: an occupied one is an error
     ]
 
