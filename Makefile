@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench-engine · make bench-kernels · make bench-rpc · make bench-carriers · make bench-pipeline      (a second time each is quick)
+# make demo · make test · make lint · make bench-engine · make bench-kernels · make bench-rpc · make bench-carriers · make bench-pipeline · make fuzz      (a second time each is quick)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO_MODEL := smollm2-135m
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: model demo test lint proto bench-engine bench-kernels bench-rpc bench-carriers bench-pipeline clean
+.PHONY: model demo test lint proto bench-engine bench-kernels bench-rpc bench-carriers bench-pipeline fuzz clean
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; give another with PYTHON=python3.x (3.11 to 3.13)" >&2; exit 1; }
@@ -62,6 +62,10 @@ bench-carriers: $(VENV)/installed
 bench-pipeline: model
 	$(BIN)/python benchmarks/pipeline.py $(DEMO_MODEL)
 	$(BIN)/python benchmarks/pipeline.py $(DEMO_MODEL) --hand-over
+
+# 100,000 hostile inputs to a worker's listeners; a small part of them is in the tests.
+fuzz: $(VENV)/installed
+	$(BIN)/python benchmarks/fuzz.py
 
 clean:
 	rm -rf $(VENV) .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
