@@ -22,9 +22,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import msgspec
 
@@ -214,6 +217,17 @@ def tell(on_reply: OnReply, future: Future[Buffer]) -> None:
     """As the callback of a future: what ``send`` makes of ``call``."""
     error = future.exception()
     on_reply(future.result() if error is None else error)
+
+
+def exit_with(error: BaseException) -> NoReturn:
+    """In a worker's process: end it as ``error`` would have ended it in the main thread."""
+    code = error.code if isinstance(error, SystemExit) else 1
+    if isinstance(error, SystemExit) and not isinstance(code, int | None):
+        sys.stderr.write(f"{code}\n")
+    elif not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def load_worker_class(name: str) -> Any:

@@ -22,7 +22,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +31,7 @@ import grpc
 import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from lightvllm.backends.base import load_worker_class
+from lightvllm.backends.base import exit_with, load_worker_class
 from lightvllm.backends.k8s import reflection, wire
 from lightvllm.backends.k8s.devices import visible_gpus
 from lightvllm.backends.k8s.process import Bootstrap, Status
@@ -279,7 +278,7 @@ class Host:
         except Exception as error:  # noqa: BLE001  whatever it is, the driver gets it
             failure = encode_failure(error)
         except BaseException as error:  # noqa: BLE001
-            _exit_with(error)
+            exit_with(error)
         self._answered.set_result(
             pb.InitWorkerReply(
                 failure=failure,
@@ -427,7 +426,7 @@ class _Invoker:
             else:
                 reply = self._failure or invoke(self._worker, method, payload)
         except BaseException as error:  # noqa: BLE001  SystemExit and the like: the end of the process
-            _exit_with(error)
+            exit_with(error)
         if len(reply) > self._limit:
             return encode_failure(
                 ConfigError(f"the reply of {method} is {len(reply)} bytes, more than max_message_bytes={self._limit}")
@@ -451,17 +450,6 @@ class _Invoker:
 
 def _driver_of(context: Any) -> str | None:
     return next((value for name, value in context.invocation_metadata() if name == wire.DRIVER_KEY), None)
-
-
-def _exit_with(error: BaseException) -> NoReturn:
-    """End the process as ``error`` would have ended it in the main thread."""
-    code = error.code if isinstance(error, SystemExit) else 1
-    if isinstance(error, SystemExit) and not isinstance(code, int | None):
-        sys.stderr.write(f"{code}\n")
-    elif not isinstance(error, SystemExit):
-        traceback.print_exception(error)
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 if __name__ == "__main__":

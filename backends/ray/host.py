@@ -11,13 +11,12 @@ import os
 import struct
 import sys
 import threading
-import traceback
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 
-from lightvllm.backends.base import Graph, GraphResult, load_worker_class
+from lightvllm.backends.base import Graph, GraphResult, exit_with, load_worker_class
 from lightvllm.backends.program import Source, dump, load, steps
 from lightvllm.messages import Buffer, encode_failure, invoke
 
@@ -173,21 +172,10 @@ class WorkerHost:
         try:
             return program.run(self._worker, node, header, payloads)
         except BaseException as error:  # noqa: BLE001  SystemExit and the like, which would end Ray's loop alone
-            _exit_with(error)
+            exit_with(error)
         finally:
             self._turns.done()
 
     def watch(self) -> None:
         """Never returns: its failure tells the driver that this process is gone. It waits, and costs no time."""
         threading.Event().wait()
-
-
-def _exit_with(error: BaseException) -> NoReturn:
-    """End the process as ``error`` would have ended it in the main thread."""
-    code = error.code if isinstance(error, SystemExit) else 1
-    if isinstance(error, SystemExit) and not isinstance(code, int | None):
-        sys.stderr.write(f"{code}\n")
-    elif not isinstance(error, SystemExit):
-        traceback.print_exception(error)
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
