@@ -36,6 +36,7 @@ _BACK_OFF_SECONDS = (0.1, 1.0)  # between two of them: first, most
 _BUSY_SECONDS = 3.0  # how long a worker may go on serving a driver that has just gone
 _DIRECT_SECONDS = 5.0  # for a direct connection to be opened; it either can be at once or not at all
 
+_CLOSED = "it closed the session"
 _PASSING = (  # may be otherwise in a moment: the server is not there yet, is just ending, or has too many at its door
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -121,7 +122,8 @@ class WorkerSession:
                 raise PlacementError(f"{self._who}: {why}")
             say(why)
             self._sleep(_BACK_OFF_SECONDS[0])
-        threading.Thread(target=self._read_stream, name=f"lightvllm-session-{self._who}", daemon=True).start()
+        if self._transport == "grpc":
+            self._watch()
 
     def init_worker(self, worker_class: str, env: Mapping[str, str], timeout: float) -> pb.InitWorkerReply:
         """Have the worker class constructed. ``failure`` of the reply is for ``messages.decode_reply``.
@@ -131,11 +133,19 @@ class WorkerSession:
         deadline = time.monotonic() + timeout
         if self._transport != "grpc":
             self._connect_directly(timeout)
+            self._watch()
         carrier = pb.STREAM if self._direct is None else pb.DIRECT
         request = pb.InitWorkerRequest(worker_class=worker_class, env=env, carrier=carrier)
         reply: pb.InitWorkerReply = self._ask(self._call_init_worker, request, deadline - time.monotonic())
         self._limit = min(self._limit, reply.max_message_bytes)
         return reply
+
+    def _watch(self) -> None:
+        """From now on replies are taken from the stream, if it carries the calls, and its end is noticed."""
+        if self._direct is None:
+            threading.Thread(target=self._read_stream, name=f"lightvllm-session-{self._who}", daemon=True).start()
+        else:  # nothing comes but its end; a thread that reads it would look ten times a second
+            self._stream.add_done_callback(self._stream_ended)
 
     def _ask(self, method: Any, request: Any, timeout: float) -> Any:
         with self._lock:
@@ -290,10 +300,8 @@ class WorkerSession:
     def _read_stream(self) -> None:
         try:
             for number, payload in wire.whole_replies(self._stream, self._limit):
-                if self._direct is not None:
-                    raise ConnectionError("it answered by the stream, expected it by the direct connection")
                 self._replied(number, payload)
-            reason = "it closed the session"
+            reason = _CLOSED
         except grpc.RpcError as error:
             reason = f"the connection broke ({_details(error)})"
         except ConnectionError as error:
@@ -301,6 +309,12 @@ class WorkerSession:
             reason = str(error)
         self.ended.set()
         self._break(reason)
+
+    def _stream_ended(self, stream: Any) -> None:
+        """In a thread of gRPC's, which must not wait for what a break sets off."""
+        self.ended.set()
+        reason = _CLOSED if stream.code() == grpc.StatusCode.OK else f"the connection broke ({_details(stream)})"
+        threading.Thread(target=self._break, args=(reason,), name="lightvllm-session-ended", daemon=True).start()
 
     def _break(self, reason: str) -> None:
         with self._lock:
