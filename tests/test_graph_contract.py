@@ -770,7 +770,7 @@ class TestEnds:
         with pytest.raises(Shutdown):
             chain(fresh).experimental_compile()
 
-    def test_a_worker_that_exits_in_a_step(self, fresh: DistributedExecutor) -> None:
+    def test_a_worker_that_exits_in_a_step(self, fresh: DistributedExecutor, tmp_path: Path) -> None:
         a, b, c = fresh.handles
         with InputNode() as inp:
             node = MultiOutputNode([c.echo.bind(b.leave.bind(a.echo.bind(inp))), a.echo.bind(inp)])
@@ -778,7 +778,10 @@ class TestEnds:
             others = c.echo.bind(a.echo.bind(inp))
         graph, unharmed = node.experimental_compile(), others.experimental_compile()
         before = unharmed.execute("before")
+        go = tmp_path / "go"  # it leaves when all has been executed, and not before
+        plain_call(fresh, 1, "wait_for_file", str(go))
         refs = [ref for i in range(3) for ref in graph.execute(i)]
+        go.touch()
         for ref in refs:
             with pytest.raises(WorkerDied, match=r"\(rank 1\) died") as caught:
                 ref.get(timeout=10.0)
