@@ -180,6 +180,31 @@ def test_what_could_not_be_written_at_once_is_written_later(peer: Peer, reactor:
     thread.join(LIMIT)
 
 
+def test_what_is_sent_while_the_rest_of_another_is_flushed_is_not_forgotten(peer: Peer, reactor: Reactor) -> None:
+    """The reader has just found nothing left to write when a sender finds no room: it must still be woken for that."""
+    blob, sent, flush = os.urandom(MIB) * 16, threading.Event(), peer.link.flush
+
+    def send_more() -> None:
+        assert not peer.link.send(CALL, 2, b"", blob)
+        sent.set()
+        reactor.flush_when_possible(peer.link)
+
+    def flush_and_be_overtaken() -> bool:
+        done = flush()
+        if done and not sent.is_set():
+            sender = in_thread(send_more)
+            assert sent.wait(LIMIT)
+            sender.join(0.2)  # it may, but need not, get any further before the reader goes on
+        return done
+
+    peer.link.flush = flush_and_be_overtaken  # type: ignore[method-assign]
+    assert not peer.link.send(CALL, 1, b"", blob)
+    reactor.flush_when_possible(peer.link)
+    assert peer.far.read(LIMIT)[1] == 1
+    assert sent.wait(LIMIT)
+    assert peer.far.read(LIMIT)[1] == 2
+
+
 def test_an_end_is_told_once_with_its_reason(peer: Peer) -> None:
     peer.far.close()
     assert "the other side closed it" in peer.broken.get(timeout=LIMIT)

@@ -184,9 +184,9 @@ class Reactor:
             if connection is None:  # removed meanwhile
                 continue
             try:
-                if mask & select.EPOLLOUT and connection.link.flush():
-                    with self._guard:
-                        if fd in self._connections:
+                if mask & select.EPOLLOUT:
+                    with self._guard:  # flush_when_possible comes before the flush or after what follows from it
+                        if fd in self._connections and connection.link.flush():
                             self._epoll.modify(fd, select.EPOLLIN)
                 if mask & ~select.EPOLLOUT and (frames := connection.link.receive()):
                     connection.on_frames(frames)
