@@ -18,7 +18,7 @@ $(BIN)/python:
 # torch is named first: without the pin a resolver takes the newest one, with gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml $(BIN)/python
 	$(PIP) install --quiet --only-binary :all: "torch>=2.11,<2.14" "transformers==5.19.0" "ray[default]==2.60.0"
-	$(PIP) install --quiet --editable ".[ray,k8s,parity,test]"
+	$(PIP) install --quiet --editable ".[ray,k8s,server,client,otel,parity,test]"
 	touch $@
 
 # The demo model, which tests marked "demo" need.

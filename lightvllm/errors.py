@@ -9,6 +9,7 @@
     ├── WorkerDied           a worker's process, actor or connection is gone
     ├── RpcTimeout           a call was not answered in time (also a TimeoutError, as in vLLM)
     ├── GraphCapacityExceeded  a compiled graph holds as many executions or results as it may
+    ├── QueueFull            an engine has as many requests waiting as it may; says when to come again
     └── Shutdown             the executor or backend has been shut down
 
 Exceptions of ray, grpc, kubernetes or torch never cross a public border. Any module may import this one;
@@ -92,6 +93,18 @@ class GraphCapacityExceeded(LightvllmError):
 
     Nothing has been done; get or drop refs, then try again.
     """
+
+
+class QueueFull(LightvllmError):
+    """An engine has as many requests waiting as it may. Nothing has been queued.
+
+    Attributes:
+        retry_after: seconds after which it is worth trying again.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Shutdown(LightvllmError):

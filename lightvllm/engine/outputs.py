@@ -26,7 +26,7 @@ class CompletionOutput:
         token_ids: cumulative, a stop or end-of-sequence token included.
         cumulative_logprob: sum over ``token_ids``; None unless ``SamplingParams.logprobs`` is set.
         logprobs: per token, by token id: the chosen one first, then the most probable ones.
-        finish_reason: ``"stop"``, ``"length"``, ``"abort"``, or None while unfinished.
+        finish_reason: ``"stop"``, ``"length"``, ``"abort"``, ``"timeout"``, or None while unfinished.
         stop_reason: the stop string or stop token id that ended it; None for the end-of-sequence token.
     """
 
@@ -63,6 +63,8 @@ class RequestOutput:
         prompt: the text, or None if token ids were given.
         prompt_index: position of the prompt in the call of ``LLM`` that this belongs to.
         num_cached_tokens: prompt tokens of the first sequence found in the prefix cache; None before it is scheduled.
+        prompt_logprobs: with ``SamplingParams.prompt_logprobs``, for each token of the prompt what ``logprobs`` is for
+            the generated ones; None for the first, which nothing predicts. Only in the first output of a delta stream.
     """
 
     request_id: str
@@ -73,3 +75,14 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int | None = None
     prompt_index: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A prompt as a vector of ``hidden_size`` numbers."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    embedding: list[float]
+    num_cached_tokens: int | None = None

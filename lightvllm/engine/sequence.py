@@ -12,7 +12,7 @@ from typing import Literal
 from lightvllm.engine.block_manager import hash_block
 from lightvllm.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "timeout"]
 
 
 class SequenceStatus(enum.Enum):
@@ -32,7 +32,8 @@ class Sequence:
         prompt_len: how many of them are the prompt.
         seed: of its random numbers, always set.
         stop_token_ids: end-of-sequence and stop tokens that end it.
-        finish_reason: ``"stop"`` (end-of-sequence, stop token or stop string), ``"length"`` or ``"abort"``.
+        finish_reason: ``"stop"`` (end-of-sequence, stop token or stop string), ``"length"``, ``"abort"`` or
+            ``"timeout"`` (the request's own time-out).
         stop_reason: the stop token or stop string that ended it; None for the end-of-sequence token, as in vLLM.
         in_flight: it is in a batch whose result has not been seen yet.
         num_computed_tokens: tokens whose keys and values are in the cache, those in flight included.
