@@ -9,6 +9,7 @@ import pytest
 
 from lightvllm import SamplingParams
 from lightvllm.errors import ConfigError
+from lightvllm.sampling_params import StructuredOutputs
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,23 @@ from lightvllm.errors import ConfigError
         ({"stop": 1}, "expected a list or None"),
         ({"stop_token_ids": ["a"]}, "use token ids"),
         ({"ignore_eos": 1}, "expected True or False"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs=21 is not allowed; use 0 to 20, or None"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs=-1"),
+        ({"logit_bias": [1]}, "expected a mapping or None"),
+        ({"logit_bias": {"1": 1.0}}, r"use token ids \(integers\) as keys"),
+        ({"logit_bias": {True: 1.0}}, r"use token ids \(integers\) as keys"),
+        ({"logit_bias": {7: 100.5}}, r"logit_bias\[7\]=100.5 is not allowed; use a number in \[-100, 100\]"),
+        ({"logit_bias": {7: float("nan")}}, r"logit_bias\[7\]=nan"),
+        ({"logit_bias": {7: "1"}}, r"logit_bias\[7\]='1'"),
+        ({"allowed_token_ids": []}, "use token ids, or None"),
+        ({"allowed_token_ids": [1.5]}, "use token ids, or None"),
+        ({"allowed_token_ids": 7}, "expected a list or None"),
+        ({"bad_words": "word"}, "expected a list or None"),
+        ({"bad_words": [""]}, "use strings that are not empty"),
+        ({"bad_words": ["\ud800"]}, "in UTF-8"),
+        ({"stop": ["\ud800"]}, "in UTF-8"),
+        ({"bad_words": [3]}, "use strings that are not empty"),
+        ({"structured_outputs": {"regex": "a"}}, "expected StructuredOutputs or None"),
     ],
 )
 def test_refused(wrong: dict[str, Any], message: str) -> None:
@@ -62,3 +80,60 @@ def test_crosses_the_wire_unchanged() -> None:
     assert back == params
     assert SamplingParams(temperature=0).greedy
     assert not params.greedy
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({}, "structured_outputs has none; give exactly one of"),
+        ({"json_object": False}, "has none"),
+        ({"regex": "a", "json_object": True}, "has regex and json_object"),
+        ({"json_object": 1}, "expected True or False"),
+        ({"regex": "\ud800"}, "in UTF-8"),
+        ({"regex": ""}, "expected text that is not empty"),
+        ({"grammar": 7}, "expected text that is not empty"),
+        ({"json": []}, "expected a JSON schema"),
+        ({"json": ""}, "expected a JSON schema"),
+        ({"json": {"const": object()}}, "no JSON schema"),
+        ({"json": {"const": float("inf")}}, "no JSON schema"),
+        ({"choice": "yes"}, "expected a list of strings"),
+        ({"choice": []}, "use strings that are not empty"),
+        ({"choice": ["yes", ""]}, "use strings that are not empty"),
+    ],
+)
+def test_structured_outputs_are_one_thing_and_whole(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StructuredOutputs(**wrong)
+
+
+def test_a_schema_is_kept_as_text_in_the_order_of_its_keys() -> None:
+    schema = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"const": "é"}}}
+    text = '{"type": "object", "properties": {"b": {"type": "string"}, "a": {"const": "\\u00e9"}}}'
+    assert StructuredOutputs(json=schema).json == text == StructuredOutputs(json=text).json
+    assert StructuredOutputs(json={}).json == "{}"
+
+
+@pytest.mark.parametrize(
+    "structured",
+    [
+        StructuredOutputs(json={"type": "integer"}),
+        StructuredOutputs(regex="a+"),
+        StructuredOutputs(choice=["yes", "no"]),
+        StructuredOutputs(grammar='root ::= "a"'),
+        StructuredOutputs(json_object=True),
+    ],
+    ids=lambda structured: structured.kind,
+)
+def test_every_field_crosses_the_wire_and_can_be_hashed(structured: StructuredOutputs) -> None:
+    params = SamplingParams(
+        logit_bias={5: 1, 3: -100.0},
+        allowed_token_ids=[1, 2],
+        bad_words=["no", "\n"],
+        prompt_logprobs=0,
+        structured_outputs=structured,
+    )
+    back = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)
+    assert back == params
+    assert len({back, params, SamplingParams()}) == 2
+    assert params.logit_bias == {5: 1.0, 3: -100.0}
+    assert SamplingParams(logit_bias={}, bad_words=None) == SamplingParams()
