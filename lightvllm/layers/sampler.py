@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightvllm.errors import LightvllmError
+from lightvllm.layers.logprobs import token_logprobs
 from lightvllm.messages import TokenLogprobs
 from lightvllm.sampling_params import SamplingParams
 
@@ -60,7 +61,6 @@ def sample(logits: Tensor, rows: Sequence[SamplingState]) -> tuple[list[int], li
     best, token_ids = _maxima(logits)
     if not all(map(math.isfinite, best)):
         raise LightvllmError("the model's logits are not finite; check the weights, or use dtype float32 or bfloat16")
-    logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     for i, state in enumerate(rows):
         masked = state.stop_token_ids if state.output_index < state.params.min_tokens else []
         changed = bool(masked) or state.has_penalties
@@ -72,9 +72,20 @@ def sample(logits: Tensor, rows: Sequence[SamplingState]) -> tuple[list[int], li
             token_ids[i] = int(np.argmax(adjusted))
         else:
             token_ids[i] = draw(adjusted, state.params, uniform(state.seed, state.output_index))
-        if state.params.logprobs is not None:
-            logprobs[i] = _logprobs(raw, token_ids[i], state.params.logprobs)
-    return token_ids, logprobs
+    return token_ids, _logprobs_where_asked(logits, token_ids, rows)
+
+
+def _logprobs_where_asked(
+    logits: Tensor, token_ids: Sequence[int], rows: Sequence[SamplingState]
+) -> list[TokenLogprobs | None]:
+    asked = {i: state.params.logprobs for i, state in enumerate(rows) if state.params.logprobs is not None}
+    logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+    if asked:
+        chosen = logits if len(asked) == len(rows) else logits[list(asked)]
+        found = token_logprobs(chosen, [token_ids[i] for i in asked], list(asked.values()))
+        for i, one in zip(asked, found, strict=True):
+            logprobs[i] = one
+    return logprobs
 
 
 def _maxima(logits: Tensor) -> tuple[list[float], list[int]]:
@@ -149,12 +160,3 @@ def _penalise(raw: Floats, state: SamplingState, masked: list[int]) -> Floats:
         adjusted[output] -= params.presence_penalty + params.frequency_penalty * counts
     adjusted[masked] = -np.inf
     return adjusted
-
-
-def _logprobs(raw: Floats, chosen: int, count: int) -> TokenLogprobs:
-    values = raw.astype(np.float64)
-    values -= values.max()
-    values -= np.log(np.exp(values).sum())
-    top = _best(values, count)[:count] if count else np.empty(0, np.intp)
-    rank = 1 + int(np.count_nonzero(values > values[chosen]))
-    return TokenLogprobs(float(values[chosen]), rank, top.tolist(), values[top].tolist())
