@@ -1,8 +1,8 @@
 """What goes wrong, in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}`` with the right status.
 
 ``as_api_error`` turns any exception into an ``ApiError``, for handlers, streams and batches alike (``invalid_request``
-a request that pydantic refuses); ``install`` has an app answer with it. Nothing of a traceback reaches a client: what was not expected is logged with the request's id, and
-the client gets that id.
+a request that pydantic refuses); ``install`` has an app answer with it. Nothing of a traceback reaches a client: what
+was not expected is logged with the request's id, and the client gets that id.
 
 Status: 400 the request is wrong (FastAPI's 422 is not used, because OpenAI's clients do not know it) · 401 no valid
 API key · 404 and 405 no such path, model or method · 408 the body did not come · 413 it is too large · 429 come again
