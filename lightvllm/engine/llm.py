@@ -6,43 +6,23 @@ It turns options into configuration, has an executor made, and drives an ``LLMEn
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
 import os
-import re
 import sys
-import typing
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import msgspec
-
-from lightvllm.config import (
-    CacheConfig,
-    DeviceConfig,
-    EngineConfig,
-    ExecutorConfig,
-    ExecutorName,
-    KubernetesTransport,
-    ModelConfig,
-    ParallelConfig,
-    PipelineTransport,
-    SchedulerConfig,
-)
+from lightvllm.config import ExecutorName, KubernetesTransport, PipelineTransport
 from lightvllm.engine.engine import LLMEngine, OnStep, Prompt, TokensPrompt
+from lightvllm.engine.options import Options, Strategy
 from lightvllm.engine.outputs import RequestOutput
 from lightvllm.engine.tokenizer import Message, Tokenizer
 from lightvllm.errors import ConfigError
 from lightvllm.sampling_params import SamplingParams
 
 Progress = Callable[[str], None]
-Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
-_UNITS = {"": 1, "b": 1} | {f"{p}{i}b": b**n for n, p in enumerate("kmgt", 1) for i, b in (("", 1000), ("i", 1024))}
 
 
 class LLM:
@@ -120,53 +100,11 @@ class LLM:
         on_step: OnStep | None = None,
         **unknown: Any,
     ) -> None:
-        given = locals()
-        _refuse_unknown(unknown)
-        _check_types({name: given[name] for name in _CHECKED})
+        given = {name: value for name, value in locals().items() if name in Options.__struct_fields__}
+        options = Options.check(unknown | given, beside=("progress", "on_step"))
         from lightvllm.executors.factory import make_executor
-        from lightvllm.hub import resolve
 
-        path = resolve(os.fspath(model))
-        self.config = EngineConfig(
-            model=ModelConfig.from_dir(path, dtype=dtype, max_model_len=max_model_len, load_format=load_format),
-            parallel=ParallelConfig(
-                tensor_parallel_size=tensor_parallel_size,
-                pipeline_parallel_size=pipeline_parallel_size,
-                pp_transport=pp_transport,
-                pp_shared_dir=pp_shared_dir,
-            ),
-            cache=CacheConfig(
-                block_size=block_size,
-                num_blocks=num_kv_blocks,
-                memory_bytes=_bytes("kv_cache_memory", kv_cache_memory),
-                enable_prefix_caching=enable_prefix_caching,
-            ),
-            scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
-            device=DeviceConfig(
-                device=device,
-                threads=threads,
-                attention_backend=attention_backend,
-                kernels=kernels,
-                gpu_memory_utilization=gpu_memory_utilization,
-            ),
-            seed=seed,
-            return_logits=return_logits,
-        )
-        executor_config = ExecutorConfig(
-            name=executor,
-            ray_address=ray_address,
-            k8s_workers=tuple(k8s_workers),
-            k8s_token_file=k8s_token_file,
-            k8s_tls_cert=k8s_tls_cert,
-            k8s_tls_key=k8s_tls_key,
-            k8s_tls_ca=k8s_tls_ca,
-            k8s_transport=k8s_transport,
-            strategy=strategy,
-            start_timeout=start_timeout,
-            rpc_timeout=rpc_timeout,
-            step_timeout=step_timeout,
-            env=dict(env or {}),
-        )
+        self.config, executor_config, path = options.configure(model)
         self._tokenizer = None if skip_tokenizer_init else Tokenizer.from_dir(path)
         self._num_requests = 0
         self._inboxes: dict[str, tuple[int, deque[RequestOutput]]] = {}  # by request id: prompt index, the call's queue
@@ -321,43 +259,6 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     listed: list[Any] = list(prompts)
     return [listed] if listed and not isinstance(listed[0], (str, Mapping, Sequence)) else listed
-
-
-_PARAMETERS = [name for name in inspect.signature(LLM).parameters if name != "unknown"]
-_CHECKED = [name for name in _PARAMETERS if name not in ("model", "progress", "on_step")]
-
-
-def _refuse_unknown(options: Mapping[str, Any]) -> None:
-    for name in options:
-        close = difflib.get_close_matches(name, _PARAMETERS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"unknown option {name}; {hint}known: {', '.join(_PARAMETERS)}")
-
-
-def _check_types(options: Mapping[str, Any]) -> None:
-    hints = typing.get_type_hints(LLM.__init__)
-    for name, value in options.items():
-        try:
-            msgspec.convert(value, hints[name])
-        except msgspec.ValidationError:
-            choices = typing.get_args(hints[name])
-            literal = typing.get_origin(hints[name]) is Literal
-            allowed = " or ".join(map(repr, choices)) if literal else f"a value of type {_type_name(hints[name])}"
-            raise ConfigError(f"{name}={value!r} is not allowed; use {allowed}") from None
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("collections.abc.", "")
-
-
-def _bytes(name: str, size: int | str | None) -> int | None:
-    """``"1.5GiB"`` as a number of bytes."""
-    if not isinstance(size, str):
-        return size
-    match = _SIZE.fullmatch(size.strip())
-    if match is None:
-        raise ConfigError(f"{name}={size!r} is no size; use a number of bytes, or one with a unit such as '2GiB'")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
 @contextlib.contextmanager
