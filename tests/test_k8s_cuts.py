@@ -7,6 +7,7 @@ worker of the group goes on, and the server behind the cut serves the next drive
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +49,9 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_token(tmp_path_factory.mktemp("token"))
 
 
-@pytest.fixture(scope="module")
-def commands(token_file: str) -> Iterator[list[WorkerCommand]]:
-    """Two servers for all tests: every test's driver is also the next one after the cut before, as is the one here."""
+@contextlib.contextmanager
+def server_pair(token_file: str) -> Iterator[list[WorkerCommand]]:
+    """Two servers. When all has been done with them they serve one more driver of each carrier."""
     with contextlib.ExitStack() as stack:
         options = ("--listen", "127.0.0.1:0", "--token-file", token_file)
         made = [stack.enter_context(worker_command(*options)) for _ in range(2)]
@@ -60,6 +62,13 @@ def commands(token_file: str) -> Iterator[list[WorkerCommand]]:
             assert last.collective_rpc("echo", LIMIT, (1,)) == [1, 1]
             last.shutdown()
         assert all(command.process.poll() is None for command in made)
+
+
+@pytest.fixture(scope="module")
+def commands(token_file: str) -> Iterator[list[WorkerCommand]]:
+    """Two servers for all tests: every test's driver is also the next one after the cut before."""
+    with server_pair(token_file) as made:
+        yield made
 
 
 @dataclass
@@ -103,6 +112,62 @@ CARRIERS = ("grpc", "direct")
 Cut = Callable[[Group], None]
 
 
+class Interposed:
+    """Puts a proxy in the direct connection of a driver that is behind one with its lease.
+
+    Attributes:
+        proxies: by the address at which the driver reaches the worker's server.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.proxies: dict[str, Proxy | None] = {}
+        connect = link.connect
+
+        def interposed(target: str, *args: Any, **kwargs: Any) -> Any:
+            server = threading.current_thread().name.removeprefix("lightvllm-place-")
+            if server in self.proxies:
+                assert self.proxies[server] is None
+                proxy = self.proxies[server] = Proxy(target)
+                target = proxy.address
+            return connect(target, *args, **kwargs)
+
+        monkeypatch.setattr(link, "connect", interposed)
+
+    @contextlib.contextmanager
+    def lease(self, server: str) -> Iterator[Proxy]:
+        """A proxy before the worker server; also for the direct connections that come of it."""
+        proxy = Proxy(server)
+        self.proxies[proxy.address] = None
+        try:
+            yield proxy
+        finally:
+            proxy.close()
+            if (data := self.proxies.pop(proxy.address)) is not None:
+                data.close()
+
+
+@contextlib.contextmanager
+def grouped(
+    pair: list[WorkerCommand], token_file: str, carrier: str, folder: Path, interposed: Interposed
+) -> Iterator[Group]:
+    """A driver's group. Afterwards everything has ended in time, and the next driver is served."""
+    first, second = (command.address() for command in pair)
+    with interposed.lease(first) as lease, contextlib.ExitStack() as stack:
+        executor = place((lease.address, second), token_file, carrier)
+        stack.callback(executor.shutdown)
+        pids = [worker.pid for worker in executor.workers]
+        made = Group(executor, lease, interposed.proxies[lease.address] or lease, folder)
+        yield made
+        numbers = made.steps()
+        assert all(numbers.count(number) <= 2 for number in numbers), f"a step was executed twice: {numbers}"
+        started = time.monotonic()
+        executor.shutdown()
+        assert time.monotonic() - started < 6.0
+    wait_until(lambda: all(map(gone, pids)), "the workers to end with their driver")
+    for command, pid in zip(pair, pids, strict=True):
+        wait_until(lambda command=command, pid=pid: running(command) != pid, "a fresh server process")
+
+
 @pytest.fixture
 def group(
     request: pytest.FixtureRequest,
@@ -111,35 +176,9 @@ def group(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Group]:
-    """Parameter: the carrier. Afterwards everything has ended in time, and the next driver is served."""
-    carrier = request.param
-    first, second = (command.address() for command in commands)
-    with contextlib.ExitStack() as stack:
-        lease = Proxy(first)
-        stack.callback(lease.close)
-        data: list[Proxy] = []
-        connect = link.connect
-
-        def interposed(target: str, *args: Any, **kwargs: Any) -> Any:
-            if threading.current_thread().name == f"lightvllm-place-{lease.address}":
-                data.append(Proxy(target))
-                stack.callback(data[0].close)
-                target = data[0].address
-            return connect(target, *args, **kwargs)
-
-        monkeypatch.setattr(link, "connect", interposed)
-        executor = place((lease.address, second), token_file, carrier)
-        stack.callback(executor.shutdown)
-        pids = [worker.pid for worker in executor.workers]
-        yield Group(executor, lease, data[0] if data else lease, tmp_path)
-        numbers = Group(executor, lease, lease, tmp_path).steps()
-        assert all(numbers.count(number) <= 2 for number in numbers), f"a step was executed twice: {numbers}"
-        started = time.monotonic()
-        executor.shutdown()
-        assert time.monotonic() - started < 6.0
-    wait_until(lambda: all(map(gone, pids)), "the workers to end with their driver")
-    for command, pid in zip(commands, pids, strict=True):
-        wait_until(lambda command=command, pid=pid: running(command) != pid, "a fresh server process")
+    """Parameter: the carrier."""
+    with grouped(commands, token_file, request.param, tmp_path, Interposed(monkeypatch)) as made:
+        yield made
 
 
 def running(command: WorkerCommand) -> int:
@@ -332,12 +371,13 @@ def test_a_worker_stopped_for_a_moment_goes_on(group: Group, held: bool) -> None
     assert group.steps() == [1, 1]
 
 
-@pytest.mark.parametrize("seconds", [0.0, pytest.param(20.0, marks=SLOW)], ids=["soon", "20s"])
-@pytest.mark.parametrize("held", [False, True], ids=["idle", "step"])
-@pytest.mark.parametrize("group", CARRIERS, indirect=True)
-def test_a_worker_stopped_for_long_is_dead_to_its_driver(group: Group, held: bool, seconds: float) -> None:
-    """And knows it when it goes on: it does nothing more for this driver."""
+def stop_for_long(group: Group, held: bool, seconds: float, begin: Callable[[], object] = lambda: None) -> None:
+    """A worker behind a proxy is dead to its driver, and knows it when it goes on: it does nothing more for it.
+
+    Calls ``begin`` when the worker is about to be stopped.
+    """
     future = group.step(1, held=True) if held else None
+    begin()
     until = time.monotonic() + seconds
     with stopped(group.pid):
         if future is not None:
@@ -350,18 +390,24 @@ def test_a_worker_stopped_for_long_is_dead_to_its_driver(group: Group, held: boo
     assert group.steps().count(1) == (2 if held else 0)
 
 
-@pytest.mark.parametrize("seconds", [0.7, pytest.param(20.0, marks=SLOW)], ids=["moment", "20s"])
 @pytest.mark.parametrize("held", [False, True], ids=["idle", "step"])
-@pytest.mark.parametrize("carrier", CARRIERS)
-def test_a_local_worker_that_is_stopped_is_waited_for(tmp_path: Path, carrier: Any, held: bool, seconds: float) -> None:
-    """On one machine a process that is suspended is not dead."""
+@pytest.mark.parametrize("group", CARRIERS, indirect=True)
+def test_a_worker_stopped_for_long_is_dead_to_its_driver(group: Group, held: bool) -> None:
+    stop_for_long(group, held, seconds=0.0)
+
+
+def stop_local(
+    folder: Path, carrier: Any, held: bool, seconds: float, begin: Callable[[], object] = lambda: None
+) -> None:
+    """On one machine a process that is suspended is not dead, but waited for."""
     backend = KubernetesBackend(transport=carrier)
     executor = DistributedExecutor(
         backend, Placement(world_size=2, worker_class=WORKER), ParallelConfig(tensor_parallel_size=2)
     )
-    group = Group(executor, None, None, tmp_path)  # type: ignore[arg-type]
+    group = Group(executor, None, None, folder)  # type: ignore[arg-type]
     try:
         future = group.step(1, held=True) if held else None
+        begin()
         with stopped(group.pid):
             group.go()
             future = future or group.step(1)
@@ -373,6 +419,42 @@ def test_a_local_worker_that_is_stopped_is_waited_for(tmp_path: Path, carrier: A
     finally:
         executor.shutdown()
     wait_until(lambda: all(gone(worker.pid) for worker in executor.workers), "the workers to end")
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["idle", "step"])
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_a_local_worker_that_is_stopped_is_waited_for(tmp_path: Path, carrier: Any, held: bool) -> None:
+    stop_local(tmp_path, carrier, held, seconds=0.7)
+
+
+@pytest.mark.slow
+def test_workers_stopped_for_20_seconds(token_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two above, with a stop that outlasts keepalive many times. They only wait, so they wait side by side."""
+    seconds = 20.0
+    begin = threading.Barrier(2 * 2 * len(CARRIERS), timeout=LIMIT).wait
+    interposed = Interposed(monkeypatch)
+
+    def remote(carrier: str, held: bool, folder: Path) -> None:
+        with server_pair(token_file) as pair, grouped(pair, token_file, carrier, folder, interposed) as group:
+            stop_for_long(group, held, seconds, begin)
+
+    def local(carrier: str, held: bool, folder: Path) -> None:
+        stop_local(folder, carrier, held, seconds, begin)
+
+    cases = list(itertools.product((remote, local), CARRIERS, (False, True)))
+    with ThreadPoolExecutor(len(cases)) as pool:
+        running = {}
+        for case in cases:
+            run, carrier, held = case
+            name = f"{run.__name__}-{carrier}-{'step' if held else 'idle'}"
+            folder = tmp_path / name
+            folder.mkdir()
+            running[name] = pool.submit(run, carrier, held, folder)
+    failed = {name: error for name, future in running.items() if (error := future.exception())}
+    for name, error in failed.items():
+        error.add_note(name)
+    if failed:
+        raise BaseExceptionGroup("stopped for 20 seconds", list(failed.values()))
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
