@@ -140,3 +140,61 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[", encoding="utf-8")
     with pytest.raises(ConfigError, match="not valid JSON"):
         Tokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["level", "fallback"])
+def test_bytes_of_tokens_make_up_the_text(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = Tokenizer.from_dir(request.getfixturevalue(kind))
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
+        assert joined in (text, " " + text)
+    assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
+    assert tokenizer.token_bytes(1) == (b"<|eos|>" if kind == "level" else b"<s>")
+
+
+def test_a_byte_that_is_no_character_keeps_its_value(level: Path, fallback: Path) -> None:
+    for folder in (level, fallback):
+        tokenizer = Tokenizer.from_dir(folder)
+        pieces = [tokenizer.token_bytes(i) for i in tokenizer.encode("東", add_special_tokens=False)]
+        assert [piece for piece in pieces if piece != b" "] == [b"\xe6", b"\x9d", b"\xb1"]
+
+
+@pytest.mark.parametrize("content", ["hello", "ends with a space "])
+def test_a_final_message_is_continued_as_transformers_does(level: Path, content: str) -> None:
+    from transformers import AutoTokenizer
+
+    messages = [*CONVERSATION[:2], {"role": "assistant", "content": content}]
+    theirs = AutoTokenizer.from_pretrained(level).apply_chat_template(
+        messages, tokenize=False, continue_final_message=True
+    )
+    tokenizer = Tokenizer.from_dir(level)
+    assert tokenizer.apply_chat_template(messages, False, continue_final_message=True) == theirs
+    assert theirs.endswith(content.strip())
+    with pytest.raises(ConfigError, match="exclude each other"):
+        tokenizer.apply_chat_template(messages, continue_final_message=True)
+    with pytest.raises(ConfigError, match="drops the final message"):
+        tokenizer.apply_chat_template(messages, False, continue_final_message=True, chat_template="x")
+
+
+def test_a_template_gets_tools_documents_and_names_of_the_caller(level: Path) -> None:
+    tokenizer = Tokenizer.from_dir(level)
+    template = "{{ tools | tojson }}{{ documents[0].text }}{{ thinking }}{{ eos_token }}"
+    text = tokenizer.apply_chat_template(
+        CONVERSATION,
+        tools=[{"name": "f"}],
+        documents=[{"text": "D"}],
+        chat_template=template,
+        template_kwargs={"thinking": 1},
+    )
+    assert text == '[{"name": "f"}]D1<|eos|>'
+    assert tokenizer.template_variables(template) == {"tools", "documents", "thinking", "eos_token"}
+    assert "documents" not in tokenizer.template_variables()
+    for name in ("messages", "tools", "eos_token"):
+        with pytest.raises(ConfigError, match=f"may not set {name}"):
+            tokenizer.apply_chat_template(CONVERSATION, template_kwargs={name: 1})
+
+
+def test_half_a_surrogate_pair_is_refused(level: Path) -> None:
+    with pytest.raises(ConfigError, match="no valid Unicode"):
+        Tokenizer.from_dir(level).encode("a\ud800b")
