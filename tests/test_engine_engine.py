@@ -8,86 +8,22 @@ from typing import Any
 
 import pytest
 import tiny_tokenizers
-from fake_executor import FakeExecutor, NextToken, scrambled, scripted
+from fake_engine import EOS, OTHER_EOS, engine, finish
+from fake_executor import NextToken, scrambled, scripted
 
-from lightvllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from lightvllm.engine.engine import LLMEngine, Prompt
 from lightvllm.engine.outputs import CompletionOutput, RequestOutput
+from lightvllm.engine.request import Stream
 from lightvllm.engine.tokenizer import Tokenizer
 from lightvllm.errors import ConfigError, LightvllmError, RpcTimeout, Shutdown, WorkerDied
 from lightvllm.messages import StepInput, StepOutput
 from lightvllm.sampling_params import SamplingParams
-
-EOS, OTHER_EOS = 1, 2
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     return Tokenizer.from_dir(tiny_tokenizers.byte_level(folder))
-
-
-def engine(
-    next_token: NextToken,
-    tokenizer: Tokenizer | None = None,
-    *,
-    max_model_len: int = 200,
-    max_num_seqs: int = 8,
-    budget: int = 32,
-    caching: bool = True,
-    num_kv_blocks: int = 64,
-    depth: int = 1,
-    seed: int = 0,
-    **options: Any,
-) -> tuple[LLMEngine, FakeExecutor]:
-    vocab_size = 266
-    model = ModelConfig(
-        path="",
-        architecture="LlamaForCausalLM",
-        dtype="float32",
-        max_model_len=max_model_len,
-        vocab_size=vocab_size,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=4,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_position_embeddings=max_model_len,
-        tie_word_embeddings=True,
-        eos_token_ids=(EOS, OTHER_EOS),
-    )
-    config = EngineConfig(
-        model=model,
-        cache=CacheConfig(block_size=4, enable_prefix_caching=caching),
-        scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
-        seed=seed,
-    )
-    executor = FakeExecutor(
-        next_token,
-        num_kv_blocks=num_kv_blocks,
-        block_size=4,
-        max_concurrent_batches=depth,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        vocab_size=vocab_size,
-    )
-    return LLMEngine(config, executor, tokenizer=tokenizer, **options), executor
-
-
-def finish(e: LLMEngine, limit: int = 5000) -> dict[str, RequestOutput]:
-    """Step until nothing is left; the last output of each request."""
-    last: dict[str, RequestOutput] = {}
-    for _ in range(limit):
-        if not e.has_unfinished_requests():
-            return last
-        for output in e.step():
-            before = last.get(output.request_id)
-            assert before is None or not before.finished, "nothing follows a finished output"
-            last[output.request_id] = output
-    raise AssertionError(f"unfinished after {limit} steps")
 
 
 def one(e: LLMEngine, prompt: Prompt, **params: Any) -> CompletionOutput:
@@ -271,6 +207,120 @@ def test_each_step_can_be_observed(tokenizer: Tokenizer) -> None:
     e.add_request("a", [5] * 12, SamplingParams(max_tokens=2, ignore_eos=True))
     finish(e)
     assert seen == [(1, 1, []), (2, 2, ["a"]), (3, 3, ["a"])]
+
+
+# ------------------------------------------------------------------------------- streams of what is new
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_delta_stream_tells_everything_once(tokenizer: Tokenizer, depth: int) -> None:
+    def outputs(stream: Stream) -> list[RequestOutput]:
+        e, _ = engine(saying(tokenizer, "aß東 hello world", EOS), tokenizer, depth=depth)
+        e.add_request("a", "x", SamplingParams(n=2, max_tokens=20, logprobs=1, stop="wor"), stream=stream)
+        seen = []
+        while e.has_unfinished_requests():
+            seen += e.step()
+        return seen
+
+    cumulative, deltas = outputs(True), outputs("delta")
+    assert len(cumulative) == len(deltas) > 3
+    assert all(len(c.token_ids) == len(c.logprobs or ()) == 1 for o in deltas for c in o.outputs)
+    merged = deltas[0]
+    for number, delta in enumerate(deltas):
+        if number:
+            merged.add(delta)
+        expected = cumulative[number]
+        for mine, theirs in zip(merged.outputs, expected.outputs, strict=False):
+            assert mine == theirs
+        assert merged.finished == expected.finished
+    assert [c.text for c in merged.outputs] == ["aß東 hello "] * 2
+    assert deltas[0].prompt_token_ids == cumulative[0].prompt_token_ids
+
+
+def test_a_delta_stream_that_is_aborted_tells_the_rest(tokenizer: Tokenizer) -> None:
+    e, _ = engine(saying(tokenizer, "hello world"), tokenizer)
+    e.add_request("a", "x", SamplingParams(max_tokens=20, stop="hello there"), stream="delta")
+    (out,) = e.step()[0].outputs
+    assert (out.text, len(out.token_ids)) == ("", 1), "it may become the stop string"
+    end = e.abort("a")
+    assert end is not None
+    assert (end.outputs[0].text, end.outputs[0].token_ids, end.outputs[0].finish_reason) == ("hello", [], "abort")
+
+
+# --------------------------------------------------------------------------------- priorities, time-outs
+
+
+def test_a_lower_priority_number_goes_first_and_is_preempted_last() -> None:
+    e, executor = engine(scrambled(200), max_num_seqs=2, num_kv_blocks=6, caching=False)
+    for name, priority in (("late", 5), ("first", -1), ("second", 5), ("middle", 0)):
+        e.add_request(name, [7] * 4, SamplingParams(max_tokens=16, ignore_eos=True), priority=priority)
+    ended = []
+    while e.has_unfinished_requests():
+        ended += [o for o in e.step() if o.finished]
+    assert [o.request_id for o in ended] == ["first", "middle", "late", "second"]
+    assert [row.seq_id for row in executor.steps[0].scheduled] == [1, 3]
+    preempted = {o.request_id: o.metrics.num_preemptions for o in ended}
+    assert preempted["first"] == 0
+    assert preempted["middle"] > 0
+
+
+def test_a_waiting_request_never_preempts() -> None:
+    e, _ = engine(scrambled(200), max_num_seqs=1)
+    e.add_request("running", [5], SamplingParams(max_tokens=4, ignore_eos=True))
+    e.step()
+    e.add_request("urgent", [5], SamplingParams(max_tokens=4, ignore_eos=True), priority=-9)
+    assert [o.request_id for _ in range(3) for o in e.step()] == ["running"] * 3
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The engine's time, in its one element."""
+    now = [1000.0]
+    monkeypatch.setattr("lightvllm.engine.engine.time.monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_request_past_its_time_out_ends_where_it_stands(tokenizer: Tokenizer, clock: list[float], depth: int) -> None:
+    e, executor = engine(saying(tokenizer, "hello 東", 9, 9, 9), tokenizer, max_num_seqs=2, depth=depth)
+    params = SamplingParams(max_tokens=9, stop="o tt")
+    for name, timeout in (("running", 5), ("other", None), ("waiting", 4.5), ("in time", 100.0)):
+        e.add_request(name, "x", params, timeout=timeout, stream=name != "waiting")
+    for _ in range(2 * depth):
+        e.step()
+    clock[0] += 4.9
+    (gone,) = e.expire()
+    assert (gone.request_id, gone.finished, gone.outputs[0].finish_reason) == ("waiting", True, "timeout")
+    assert gone.outputs[0].token_ids == []
+    clock[0] += 0.2
+    gone = e.step()[0]
+    assert (gone.request_id, gone.outputs[0].finish_reason, gone.outputs[0].text) == ("running", "timeout", "hello ")
+    assert gone.metrics.finished_time == clock[0]
+    out = finish(e)
+    assert {name: o.outputs[0].finish_reason for name, o in out.items()} == {"other": "length", "in time": "length"}
+    assert [seq_id for step in executor.steps for seq_id in step.finished].count(0) == 1
+    assert e.scheduler.blocks.num_free == 64
+    clock[0] += 1000
+    assert e.step() == e.expire() == []
+
+
+def test_the_time_out_of_a_name_s_former_bearer_does_not_count(clock: list[float]) -> None:
+    e, _ = engine(scrambled(200))
+    e.add_request("a", [5], timeout=1)
+    e.abort("a")
+    e.add_request("a", [5], timeout=9)
+    clock[0] += 2
+    assert e.expire() == []
+    clock[0] += 8
+    assert [o.request_id for o in e.expire()] == ["a"]
+
+
+def test_time_outs_of_requests_that_ended_are_not_kept_for_ever() -> None:
+    e, _ = engine(scrambled(200))
+    for i in range(1000):
+        e.add_request(str(i), [5], SamplingParams(max_tokens=1), timeout=3600)
+        assert finish(e)[str(i)].finished
+    assert len(e._deadlines) < 100
 
 
 # ------------------------------------------------------------------------------------------- aborts

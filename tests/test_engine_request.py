@@ -29,6 +29,8 @@ def completion(tokenizer: Tokenizer | None, **params: Any) -> Completion:
     sampling = SamplingParams(**({"max_tokens": 50} | params))
     stop = [*(sampling.stop_token_ids or ()), *([] if sampling.ignore_eos else [EOS])]
     seq = Sequence(0, "r", [9, 9], prompt_len=2, seed=0, sampling=sampling, stop_token_ids=frozenset(stop))
+    if sampling.max_tokens is not None:
+        seq.max_len = seq.prompt_len + sampling.max_tokens
     return Completion(0, seq, tokenizer)
 
 
@@ -37,9 +39,10 @@ def after(
 ) -> CompletionOutput:
     """The output after these tokens; none may come after the one that ends it."""
     c = completion(tokenizer, **params)
+    c.seq.max_len = min(c.seq.max_len, max_len)
     for number, token_id in enumerate(token_ids, 1):
         c.seq.token_ids.append(token_id)
-        if c.append(None, [EOS], max_len):
+        if c.append(None, [EOS]):
             assert number == len(token_ids), "it ended before the last token"
     return c.output()
 
@@ -103,7 +106,7 @@ def test_what_is_held_back_comes_with_the_end(tokenizer: Tokenizer) -> None:
     assert after(tokenizer, ids, max_tokens=3).text == "x\ufffd"
     c = completion(tokenizer, stop="xx")
     c.seq.token_ids += tokenizer.encode("x")
-    c.append(None, [EOS], 100)
+    c.append(None, [EOS])
     assert c.output().text == ""
     c.finish("abort")
     assert (c.output().text, c.output().finish_reason) == ("x", "abort")
@@ -117,7 +120,7 @@ def test_log_probabilities_name_their_tokens(tokenizer: Tokenizer) -> None:
         (w, TokenLogprobs(-3.0, 9, [hello, EOS], [-0.25, -1.0])),
     ):
         c.seq.token_ids.append(chosen)
-        c.append(found, [EOS], 100)
+        c.append(found, [EOS])
     out = c.output()
     assert out.cumulative_logprob == -3.5
     assert out.logprobs == [

@@ -9,35 +9,30 @@ step and no other: what is scheduled when never depends on timing, so equal requ
 
 from __future__ import annotations
 
-import operator
+import heapq
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol
 
 from lightvllm.config import EngineConfig
 from lightvllm.engine import sequence
+from lightvllm.engine.intake import Intake, Prompt, TokensPrompt, check_priority, check_stream, check_timeout
 from lightvllm.engine.outputs import RequestOutput
-from lightvllm.engine.request import Completion, Request
+from lightvllm.engine.request import Completion, Request, Stream
 from lightvllm.engine.scheduler import ScheduledBatch, Scheduler
+from lightvllm.engine.sequence import FinishReason
+from lightvllm.engine.stats import EngineStats, StepClock
 from lightvllm.engine.tokenizer import Tokenizer
 from lightvllm.errors import ConfigError, LightvllmError, Shutdown
 from lightvllm.messages import StepInput, StepOutput
 from lightvllm.sampling_params import SamplingParams
 
+__all__ = ["LLMEngine", "OnStep", "Prompt", "StepExecutor", "StepTiming", "TokensPrompt"]
+
 MAX_TIMINGS = 65_536  # steps whose timing is kept; older ones are dropped
-
-
-class TokensPrompt(TypedDict):
-    """A prompt given as tokens; ``prompt`` is its text, for the output alone."""
-
-    prompt_token_ids: Sequence[int]
-    prompt: NotRequired[str]
-
-
-Prompt = str | Sequence[int] | TokensPrompt
 
 
 class StepExecutor(Protocol):
@@ -66,6 +61,15 @@ class StepTiming(NamedTuple):
     num_tokens: int
     seconds: float
     model_seconds: float
+
+
+class _InFlight(NamedTuple):
+    """A step that has been sent: when it was planned and sent, by ``time.perf_counter()``."""
+
+    batch: ScheduledBatch
+    future: Future[StepOutput]
+    planned: float
+    sent: float
 
 
 OnStep = Callable[[StepInput, StepOutput, ScheduledBatch], None]
@@ -109,27 +113,48 @@ class LLMEngine:
         self._max_len = min(config.model.max_model_len, self.scheduler.max_tokens + 1)
         self._requests: dict[str, Request] = {}
         self._completions: dict[int, Completion] = {}  # by seq_id, unfinished ones
-        self._in_flight: deque[tuple[ScheduledBatch, Future[StepOutput]]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
+        self._deadlines: list[tuple[float, str]] = []  # a heap; entries of requests that have ended are dropped late
+        self._ended: list[RequestOutput] = []  # by expiry, for the next ``step`` or ``expire`` to report
+        self._intake = Intake(config, tokenizer, executor.num_kv_blocks)
+        self._clock = StepClock()
+        self._prompt_tokens = self._generation_tokens = self._step_tokens = 0
         self._seeds = random.Random(config.seed)  # noqa: S311  not for secrets
         self._next_seq_id = 0
         self._failure: str | None = None
         self._closed = False
 
     def add_request(
-        self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None, *, stream: bool = True
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        stream: Stream = True,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> None:
         """Queue a prompt: text, token ids, or a mapping with ``prompt_token_ids``.
 
-        With ``stream=False``, ``step`` reports the request only when it is finished.
-        Raises ConfigError for a prompt or parameters that cannot be run; nothing is queued then.
+        Args:
+            stream: what ``step`` reports before the request is finished: all so far (True), only what is new since the
+                output before (``"delta"``: text, token ids and log-probabilities, of those sequences that have
+                changed; the finished output as well), or nothing (False).
+            priority: lower goes first (vLLM's meaning), equal ones in order of arrival.
+            timeout: seconds from now after which the request is ended where it stands, waiting or running, with the
+                finish reason ``"timeout"``, which ``step`` or ``expire`` reports.
+
+        Raises ConfigError for what cannot be run; nothing is queued then.
         """
         self._check_usable()
-        params = SamplingParams() if sampling_params is None else sampling_params
         if request_id in self._requests:
             raise ConfigError(f"request_id={request_id!r} is in use; give each unfinished request its own")
-        text, token_ids = self._tokenize(prompt)
-        self._check_prompt(token_ids)
-        self._check_params(params)
+        check_priority(priority)
+        check_timeout(timeout)
+        check_stream(stream)
+        params = self._intake.params(sampling_params)
+        text, token_ids = self._intake.prompt(prompt)
+        max_len = self._max_len if params.max_tokens is None else len(token_ids) + params.max_tokens
         eos = () if params.ignore_eos else self.config.model.eos_token_ids
         completions = []
         for index in range(params.n):
@@ -142,18 +167,28 @@ class LLMEngine:
                 seed=drawn if params.seed is None else (params.seed + index) % 2**63,
                 sampling=params,
                 stop_token_ids=frozenset((*eos, *(params.stop_token_ids or ()))),
+                max_len=min(max_len, self._max_len),
+                priority=priority,
             )
             self._next_seq_id += 1
             completions.append(Completion(index, seq, self.tokenizer))
             self._completions[seq.seq_id] = completions[-1]
             self.scheduler.add(seq)
-        self._requests[request_id] = Request(request_id, text, completions, stream, time.monotonic())
+        now = time.monotonic()
+        deadline = None if timeout is None else now + timeout
+        self._requests[request_id] = Request(request_id, text, completions, stream, now, deadline)
+        if deadline is not None:
+            if len(self._deadlines) > 2 * len(self._requests) + 64:  # mostly of requests that ended in time
+                self._deadlines = [entry for entry in self._deadlines if self._is_due_then(*entry)]
+                heapq.heapify(self._deadlines)
+            heapq.heappush(self._deadlines, (deadline, request_id))
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; the outputs of the requests that got a token, in order of arrival in the batch.
+        """Run one step; the outputs of the requests that have expired, then of those that got a token, in order of
+        arrival in the batch.
 
         Returns an empty list when nothing is to be done, and may do so in a step that only computed prompts.
 
@@ -163,43 +198,57 @@ class LLMEngine:
         """
         self._check_usable()
         started = time.perf_counter()
+        self._expire()
         try:
-            while len(self._in_flight) < self.executor.max_concurrent_batches:
-                batch = self.scheduler.schedule()
-                if batch is None:
-                    break
-                self._in_flight.append((batch, self._execute(batch)))
-            if not self._in_flight:
-                return []
-            batch, future = self._in_flight[0]
-            output = future.result(self.executor.step_timeout)  # interrupted here, a later call waits again
-            self._in_flight.popleft()
-            if self.on_step is not None:
-                self.on_step(batch.step_input, output, batch)
-            outputs = self._postprocess(batch, output)
+            self._fill()
+            if self._in_flight:
+                oldest = self._in_flight[0]
+                output = oldest.future.result(self.executor.step_timeout)  # interrupted, a later call waits again
+                self._in_flight.popleft()
+                self._ended += self._finish_step(oldest, output, started)
         except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
             raise
-        seconds = time.perf_counter() - started
-        self.timings.append(
-            StepTiming(output.step, len(batch.sequences), batch.num_tokens, seconds, output.model_seconds)
-        )
-        return outputs
+        return self._take_ended()
+
+    def expire(self) -> list[RequestOutput]:
+        """End the requests that are past their time-out, as ``step`` does at its beginning; their last outputs.
+
+        For a caller that does not step just now.
+        """
+        self._check_usable()
+        self._expire()
+        return self._take_ended()
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request where it stands and return its last output; None if there is no such unfinished request.
 
         ``step`` does not report it again.
         """
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            return None
-        for completion in request.completions:
-            if not completion.seq.is_finished:
-                completion.finish("abort")
-                self._finish(completion)
-        request.metrics.finished_time = time.monotonic()
-        return request.output()
+        request = self._requests.get(request_id)
+        return None if request is None else self._end(request, "abort")
+
+    def stats(self) -> EngineStats:
+        """Where the engine stands now; costs next to nothing."""
+        scheduler, clock = self.scheduler, self._clock
+        total, free = scheduler.blocks.num_blocks, scheduler.blocks.num_free
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_cache_usage=1 - free / total,
+            num_kv_blocks=total,
+            num_free_kv_blocks=free,
+            total_prefix_cache_queries=scheduler.num_queried_tokens,
+            total_prefix_cache_hits=scheduler.num_cached_tokens,
+            total_preemptions=scheduler.num_preemptions,
+            total_prompt_tokens=self._prompt_tokens,
+            total_generation_tokens=self._generation_tokens,
+            total_steps=clock.steps,
+            total_step_seconds=clock.step_seconds,
+            total_model_seconds=clock.model_seconds,
+            total_executor_seconds=clock.executor_seconds,
+            step_tokens=self._step_tokens,
+        )
 
     def shutdown(self) -> None:
         """End the executor; idempotent. Unfinished requests are dropped."""
@@ -207,17 +256,39 @@ class LLMEngine:
         self._requests.clear()
         self.executor.shutdown()
 
-    def _execute(self, batch: ScheduledBatch) -> Future[StepOutput]:
-        now = time.monotonic()
-        for new in batch.step_input.new:
-            metrics = self._requests[self._completions[new.seq_id].seq.request_id].metrics
-            metrics.first_scheduled_time = metrics.first_scheduled_time or now
-        try:
-            future: Future[StepOutput] = self.executor.execute_model(batch.step_input, non_block=True)
-        except BaseException as error:  # an interrupt too: nobody knows how far the step has come
-            self._failure = f"{type(error).__name__}: {error}"
-            raise
-        return future
+    def _fill(self) -> None:
+        """Plan and send steps until as many are in flight as there may be, or nothing more can be planned."""
+        while len(self._in_flight) < self.executor.max_concurrent_batches:
+            planned = time.perf_counter()
+            batch = self.scheduler.schedule()
+            if batch is None:
+                break
+            now = time.monotonic()
+            for new in batch.step_input.new:
+                metrics = self._requests[self._completions[new.seq_id].seq.request_id].metrics
+                metrics.first_scheduled_time = metrics.first_scheduled_time or now
+            sent = time.perf_counter()
+            try:
+                future: Future[StepOutput] = self.executor.execute_model(batch.step_input, non_block=True)
+            except BaseException as error:  # an interrupt too: nobody knows how far the step has come
+                self._failure = f"{type(error).__name__}: {error}"
+                raise
+            self._in_flight.append(_InFlight(batch, future, planned, sent))
+
+    def _finish_step(self, step: _InFlight, output: StepOutput, started: float) -> list[RequestOutput]:
+        """Take in a step's result, and account for it; ``started`` is when the call of ``step`` was made."""
+        replied, batch = time.perf_counter(), step.batch
+        if self.on_step is not None:
+            self.on_step(batch.step_input, output, batch)
+        outputs = self._postprocess(batch, output)
+        ended = time.perf_counter()
+        self._clock.add(step.planned, step.sent, replied, ended, output.model_seconds)
+        self._prompt_tokens += batch.num_prompt_tokens
+        self._step_tokens = batch.num_tokens
+        self.timings.append(
+            StepTiming(output.step, len(batch.sequences), batch.num_tokens, ended - started, output.model_seconds)
+        )
+        return outputs
 
     def _postprocess(self, batch: ScheduledBatch, output: StepOutput) -> list[RequestOutput]:
         expected = [seq.seq_id for seq in batch.sampled]
@@ -228,9 +299,11 @@ class LLMEngine:
             )
         now = time.monotonic()
         changed: dict[str, Request] = {}
-        for seq in self.scheduler.update(batch, output.token_ids):
+        alive = self.scheduler.update(batch, output.token_ids)
+        self._generation_tokens += len(alive)
+        for seq in alive:
             completion = self._completions[seq.seq_id]
-            if completion.append(output.logprobs.get(seq.seq_id), self.config.model.eos_token_ids, self._max_len):
+            if completion.append(output.logprobs.get(seq.seq_id), self.config.model.eos_token_ids):
                 self._finish(completion)
             request = changed[seq.request_id] = self._requests[seq.request_id]
             request.metrics.first_token_time = request.metrics.first_token_time or now
@@ -245,6 +318,31 @@ class LLMEngine:
                 outputs.append(request.output())
         return outputs
 
+    def _expire(self) -> None:
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request_id = heapq.heappop(self._deadlines)
+            if self._is_due_then(deadline, request_id):
+                self._ended.append(self._end(self._requests[request_id], "timeout"))
+
+    def _is_due_then(self, deadline: float, request_id: str) -> bool:
+        """Whether an entry of the deadlines is that of a request that is unfinished."""
+        request = self._requests.get(request_id)
+        return request is not None and request.deadline == deadline
+
+    def _take_ended(self) -> list[RequestOutput]:
+        outputs, self._ended = self._ended, []
+        return outputs
+
+    def _end(self, request: Request, reason: FinishReason) -> RequestOutput:
+        del self._requests[request.request_id]
+        for completion in request.completions:
+            if not completion.seq.is_finished:
+                completion.finish(reason)
+                self._finish(completion)
+        request.metrics.finished_time = time.monotonic()
+        return request.output()
+
     def _finish(self, completion: Completion) -> None:
         self.scheduler.finish(completion.seq)
         del self._completions[completion.seq.seq_id]
@@ -254,47 +352,3 @@ class LLMEngine:
             raise Shutdown("the engine has been shut down; make a new one")
         if self._failure is not None:
             raise LightvllmError(f"the engine stopped after {self._failure}; make a new one")
-
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        text: str | None = None
-        ids: Any = prompt
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ConfigError("the prompt is text, but there is no tokenizer; give prompt_token_ids")
-            return prompt, self.tokenizer.encode(prompt)
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" not in prompt:
-                raise ConfigError(f"the prompt has the keys {sorted(prompt)}; expected prompt_token_ids")
-            text, ids = prompt.get("prompt"), prompt["prompt_token_ids"]
-        try:
-            return text, [operator.index(i) for i in ids]
-        except TypeError:
-            raise ConfigError(f"the prompt is {ids!r:.80}; expected text or a list of token ids") from None
-
-    def _check_prompt(self, token_ids: list[int]) -> None:
-        model, longest = self.config.model, self.scheduler.max_tokens
-        if not token_ids:
-            raise ConfigError("the prompt is empty; give at least one token")
-        wrong = next((i for i in (min(token_ids), max(token_ids)) if not 0 <= i < model.vocab_size), None)
-        if wrong is not None:
-            raise ConfigError(f"token id {wrong} is not in the vocabulary; use 0 to {model.vocab_size - 1}")
-        if len(token_ids) >= model.max_model_len:
-            raise ConfigError(
-                f"the prompt has {len(token_ids)} tokens, but max_model_len={model.max_model_len} must hold it and at "
-                f"least one more; shorten it to {model.max_model_len - 1} or raise max_model_len"
-            )
-        if len(token_ids) > longest:
-            raise ConfigError(
-                f"the prompt has {len(token_ids)} tokens, but the whole KV cache holds {longest} "
-                f"(num_kv_blocks={self.scheduler.blocks.num_blocks} × block_size={self.scheduler.block_size}); "
-                "shorten it or raise num_kv_blocks"
-            )
-
-    def _check_params(self, params: Any) -> None:
-        if not isinstance(params, SamplingParams):
-            raise ConfigError(f"sampling_params is {params!r:.80}; expected SamplingParams")
-        vocab_size = self.config.model.vocab_size
-        if wrong := [i for i in params.stop_token_ids or () if not 0 <= i < vocab_size]:
-            raise ConfigError(f"stop_token_ids={wrong} are not in the vocabulary; use 0 to {vocab_size - 1}")
-        if params.stop and self.tokenizer is None:
-            raise ConfigError(f"stop={params.stop!r} needs text, but there is no tokenizer; use stop_token_ids")

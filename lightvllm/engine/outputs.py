@@ -18,13 +18,14 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One continuation of the prompt, as far as it has come.
+    """One continuation of the prompt, as far as it has come; in a delta stream ``text``, ``token_ids`` and ``logprobs``
+    hold what is new since the output before.
 
     Attributes:
         index: of the sequence in its request, 0 to ``n`` - 1.
         text: cumulative; while unfinished, without characters or stop strings that are not yet complete.
         token_ids: cumulative, a stop or end-of-sequence token included.
-        cumulative_logprob: sum over ``token_ids``; None unless ``SamplingParams.logprobs`` is set.
+        cumulative_logprob: sum over all tokens so far; None unless ``SamplingParams.logprobs`` is set.
         logprobs: per token, by token id: the chosen one first, then the most probable ones.
         finish_reason: ``"stop"``, ``"length"``, ``"abort"``, ``"timeout"``, or None while unfinished.
         stop_reason: the stop string or stop token id that ended it; None for the end-of-sequence token.
@@ -42,6 +43,15 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    def add(self, later: CompletionOutput) -> None:
+        """Take in what a delta stream told next of this sequence."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        if later.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *later.logprobs]
+        self.cumulative_logprob = later.cumulative_logprob
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+
 
 @dataclass(slots=True)
 class RequestMetrics:
@@ -57,7 +67,7 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request's prompt and all its continuations.
+    """A request's prompt and all its continuations; in a delta stream, those that have changed.
 
     Attributes:
         prompt: the text, or None if token ids were given.
@@ -76,6 +86,18 @@ class RequestOutput:
     num_cached_tokens: int | None = None
     prompt_index: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    def add(self, later: RequestOutput) -> None:
+        """Take in the next output of the same delta stream, so that both become one (vLLM's ``RequestOutput.add``)."""
+        known = {output.index: output for output in self.outputs}
+        for output in later.outputs:
+            if output.index in known:
+                known[output.index].add(output)
+            else:
+                self.outputs.append(output)
+        self.finished, self.metrics = later.finished, later.metrics
+        self.num_cached_tokens = later.num_cached_tokens
+        self.prompt_logprobs = self.prompt_logprobs or later.prompt_logprobs
 
 
 @dataclass(slots=True)

@@ -12,8 +12,9 @@ from typing import Literal, Protocol
 import msgspec
 
 from lightvllm.config import EngineConfig
-from lightvllm.engine.engine import Prompt
+from lightvllm.engine.intake import Prompt
 from lightvllm.engine.outputs import EmbeddingOutput, RequestOutput
+from lightvllm.engine.stats import EngineStats as EngineStats
 from lightvllm.engine.tokenizer import Tokenizer
 from lightvllm.sampling_params import SamplingParams
 
@@ -47,41 +48,6 @@ class RankState(msgspec.Struct, frozen=True, kw_only=True):
     parameter_bytes: int = 0
     health: RankHealth = "ready"
     reason: str = ""
-
-
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the engine stands; sent after steps, and when a request comes or goes while nothing runs.
-
-    Counters (``total_``) only grow while the engine lives; the rest are gauges. Seconds.
-
-    Attributes:
-        num_running, num_waiting: sequences, as the scheduler counts them.
-        kv_cache_usage: share of the KV cache's blocks that are held, 0 to 1.
-        num_kv_blocks, num_free_kv_blocks: of the KV cache.
-        total_prefix_cache_queries, total_prefix_cache_hits: prompt tokens looked up in the prefix cache, and found.
-        total_preemptions: sequences that gave up their blocks.
-        total_prompt_tokens, total_generation_tokens: computed prompt tokens (cached ones left out) and sampled tokens.
-        total_steps, total_step_seconds, total_model_seconds: steps done; their wall time one after the other; and what
-            the output rank spent in them. The difference is the executor's and the scheduler's overhead.
-        total_executor_seconds: of that overhead, from the sending of a step to its reply, less the model's seconds.
-        step_tokens: tokens computed in the latest step.
-    """
-
-    num_running: int = 0
-    num_waiting: int = 0
-    kv_cache_usage: float = 0.0
-    num_kv_blocks: int = 0
-    num_free_kv_blocks: int = 0
-    total_prefix_cache_queries: int = 0
-    total_prefix_cache_hits: int = 0
-    total_preemptions: int = 0
-    total_prompt_tokens: int = 0
-    total_generation_tokens: int = 0
-    total_steps: int = 0
-    total_step_seconds: float = 0.0
-    total_model_seconds: float = 0.0
-    total_executor_seconds: float = 0.0
-    step_tokens: int = 0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

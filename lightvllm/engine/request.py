@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Literal
 
 from lightvllm.engine.detokenizer import Detokenizer
 from lightvllm.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from lightvllm.engine.sequence import FinishReason, Sequence
 from lightvllm.engine.tokenizer import Tokenizer
 from lightvllm.messages import TokenLogprobs
+
+Stream = bool | Literal["delta"]
 
 
 class Completion:
@@ -22,23 +25,25 @@ class Completion:
         self._detokenizer = Detokenizer(tokenizer, seq.sampling) if tokenizer else None
         self._logprobs: list[dict[int, Logprob]] | None = None if seq.sampling.logprobs is None else []
         self._cumulative_logprob = 0.0
+        self._changed = False
+        self._reported_tokens = self._reported_chars = 0  # by ``delta``
 
-    def append(self, logprobs: TokenLogprobs | None, eos_token_ids: Collection[int], max_len: int) -> bool:
+    def append(self, logprobs: TokenLogprobs | None, eos_token_ids: Collection[int]) -> bool:
         """Account for the token that the sequence has just got; True if it ends the sequence.
 
-        In this order: a stop token or end-of-sequence token (not before ``min_tokens``), ``max_tokens`` or ``max_len``
-        tokens in all, prompt included; and over those, a stop string in the text.
+        In this order: a stop token or end-of-sequence token (not before ``min_tokens``), ``Sequence.max_len`` tokens in
+        all (which covers ``max_tokens``); and over those, a stop string in the text.
         """
         seq, sampling = self.seq, self.seq.sampling
         token_id = seq.token_ids[-1]
-        num_output = seq.num_output_tokens
+        self._changed = True
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(self._describe(token_id, logprobs))
             self._cumulative_logprob += logprobs.logprob
-        if token_id in seq.stop_token_ids and num_output >= sampling.min_tokens:
+        if token_id in seq.stop_token_ids and seq.num_output_tokens >= sampling.min_tokens:
             seq.finish_reason = "stop"
             seq.stop_reason = None if token_id in eos_token_ids and not sampling.ignore_eos else token_id
-        elif num_output == sampling.max_tokens or len(seq.token_ids) >= max_len:
+        elif len(seq.token_ids) >= seq.max_len:
             seq.finish_reason = "length"
         if self._detokenizer is not None:
             stop = None
@@ -53,6 +58,7 @@ class Completion:
     def finish(self, reason: FinishReason) -> None:
         """End it from outside; the text that was held back becomes final."""
         self.seq.finish_reason = reason
+        self._changed = True
         if self._detokenizer is not None:
             self._detokenizer.flush()
 
@@ -64,6 +70,30 @@ class Completion:
             token_ids=seq.output_token_ids,
             cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
             logprobs=None if self._logprobs is None else self._logprobs.copy(),
+            finish_reason=seq.finish_reason,
+            stop_reason=seq.stop_reason,
+        )
+
+    def delta(self) -> CompletionOutput | None:
+        """What is new since the last call; None if it got no token and did not end since then.
+
+        Costs what is new, not what there is; after it, ``output`` has only the log-probabilities that are new.
+        """
+        if not self._changed:
+            return None
+        self._changed = False
+        seq, text, logprobs = self.seq, self._detokenizer.visible if self._detokenizer else "", self._logprobs
+        new_text, self._reported_chars = text[self._reported_chars :], len(text)
+        new_tokens = seq.token_ids[seq.prompt_len + self._reported_tokens :]
+        self._reported_tokens += len(new_tokens)
+        if logprobs is not None:
+            self._logprobs = []
+        return CompletionOutput(
+            index=self.index,
+            text=new_text,
+            token_ids=new_tokens,
+            cumulative_logprob=None if logprobs is None else self._cumulative_logprob,
+            logprobs=logprobs,
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
         )
@@ -80,15 +110,26 @@ class Completion:
 
 
 class Request:
-    """``stream`` says whether unfinished outputs are wanted, too."""
+    """``stream`` says what is reported while it is unfinished: nothing, all so far, or (``"delta"``) what is new.
+
+    Attributes:
+        deadline: ``time.monotonic()`` at which it is ended; None for never.
+    """
 
     def __init__(
-        self, request_id: str, prompt: str | None, completions: list[Completion], stream: bool, arrival_time: float
+        self,
+        request_id: str,
+        prompt: str | None,
+        completions: list[Completion],
+        stream: Stream,
+        arrival_time: float,
+        deadline: float | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.completions = completions
         self.stream = stream
+        self.deadline = deadline
         self.metrics = RequestMetrics(arrival_time)
         first = completions[0].seq
         self._prompt_token_ids = first.token_ids[: first.prompt_len]
@@ -98,14 +139,18 @@ class Request:
         return all(c.seq.finish_reason is not None for c in self.completions)
 
     def output(self) -> RequestOutput:
-        """A snapshot; it does not change when the request goes on."""
+        """A snapshot; it does not change when the request goes on. A delta stream's tells each thing once."""
         cached = self.completions[0].seq.num_cached_tokens
         preemptions = sum(c.seq.num_preemptions for c in self.completions)
+        if self.stream == "delta":
+            outputs = [delta for c in self.completions if (delta := c.delta()) is not None]
+        else:
+            outputs = [c.output() for c in self.completions]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self._prompt_token_ids,
-            outputs=[c.output() for c in self.completions],
+            outputs=outputs,
             finished=self.finished,
             metrics=replace(self.metrics, num_preemptions=preemptions),
             num_cached_tokens=None if cached < 0 else cached,

@@ -1,4 +1,4 @@
-"""Which tokens are computed in the next step: continuous batching, first come, first served.
+"""Which tokens are computed in the next step: continuous batching, by priority, then first come, first served.
 
 Pure: it knows no model, no executor and no time, and the same calls in the same order give the same batches.
 
@@ -7,8 +7,10 @@ Pure: it knows no model, no executor and no time, and the same calls in the same
   or the one token sampled last (decode). A token is sampled when a sequence has caught up with itself.
 * **Admission by memory.** A waiting sequence is admitted when blocks for all its tokens are free, and one more for
   each running sequence; so a prefill once begun never lacks blocks, and admitting does not preempt at once.
-* **Preemption by recompute.** When a running sequence needs a block and none is free, the one that arrived last
-  gives up its blocks and waits again; its tokens stay, and are computed anew (or found in the prefix cache).
+* **Order.** Sequences are served by priority (lower first), equal ones by arrival. A waiting sequence never preempts
+  a running one.
+* **Preemption by recompute.** When a running sequence needs a block and none is free, the last one in the
+  order gives up its blocks and waits again; its tokens stay, and are computed anew (or found in the prefix cache).
 
 Several batches may be in flight (``max_in_flight``, the pipeline's depth). What makes that safe:
 
@@ -26,7 +28,7 @@ What the workers are told: a sequence is in ``StepInput.new`` exactly when they 
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 
@@ -45,16 +47,22 @@ class ScheduledBatch:
         sequences: in the order of ``step_input.scheduled``.
         sampled: those of them that get a token, in the same order.
         num_tokens: tokens computed in this step.
+        num_prompt_tokens: those of them that are part of a prompt.
     """
 
     step_input: StepInput
     sequences: list[Sequence]
     sampled: list[Sequence]
     num_tokens: int
+    num_prompt_tokens: int
 
 
-def _arrival(seq: Sequence) -> int:
-    return seq.seq_id
+def _order(seq: Sequence) -> tuple[int, int]:
+    return seq.order
+
+
+def _remove(queue: list[Sequence], seq: Sequence) -> None:
+    del queue[bisect_left(queue, seq.order, key=_order)]
 
 
 class Scheduler:
@@ -66,6 +74,10 @@ class Scheduler:
         block_size: tokens per block.
         enable_prefix_caching: share full blocks of equal prefixes.
         max_in_flight: batches that may be scheduled before the first of them is updated.
+
+    Attributes:
+        num_preemptions, num_queried_tokens, num_cached_tokens: so far; the latter two count the tokens of sequences
+            admitted for the first time that were looked up in the prefix cache, and found.
     """
 
     def __init__(
@@ -82,10 +94,11 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.max_in_flight = max_in_flight
         self.blocks = BlockManager(num_blocks)
-        self.waiting: list[Sequence] = []  # both in order of arrival
+        self.waiting: list[Sequence] = []  # both in the sequences' order
         self.running: list[Sequence] = []
         self._forget: list[int] = []  # for the next StepInput.finished
         self._num_steps = 0
+        self.num_preemptions = self.num_queried_tokens = self.num_cached_tokens = 0
 
     @property
     def max_tokens(self) -> int:
@@ -96,15 +109,16 @@ class Scheduler:
         """Queue a sequence of at most ``max_tokens`` tokens; the engine has refused longer ones."""
         assert seq.status is SequenceStatus.WAITING
         assert len(seq.token_ids) <= self.max_tokens
-        insort(self.waiting, seq, key=_arrival)
+        insort(self.waiting, seq, key=_order)
 
     def schedule(self) -> ScheduledBatch | None:
         """The next batch, or None when nothing can be computed before a batch in flight is updated (or at all).
 
-        Never None while a sequence is unfinished and nothing is in flight: the oldest running sequence may preempt
+        Never None while a sequence is unfinished and nothing is in flight: the first running sequence may preempt
         all others, and alone it fits (the engine finishes a sequence that has grown beyond ``max_tokens``).
         """
         budget = self.config.max_num_batched_tokens
+        num_prompt_tokens = 0
         unfinished = min(len(self.running) + len(self.waiting), self.config.max_num_seqs)
         max_rows = -(-unfinished // self.max_in_flight)
         new: list[NewSequence] = []
@@ -113,10 +127,12 @@ class Scheduler:
         sampled: list[Sequence] = []
 
         def take(seq: Sequence) -> None:
-            nonlocal budget
+            nonlocal budget, num_prompt_tokens
             start, length = seq.num_computed_tokens, len(seq.token_ids)
             count = min(length - start, budget)
             budget -= count
+            if start < seq.prompt_len:
+                num_prompt_tokens += min(start + count, seq.prompt_len) - start
             rows.append(
                 ScheduledSequence(
                     seq.seq_id,
@@ -160,7 +176,8 @@ class Scheduler:
         self._num_steps += 1
         step_input = StepInput(step=self._num_steps, finished=self._forget, new=new, scheduled=rows)
         self._forget = []
-        return ScheduledBatch(step_input, sequences, sampled, self.config.max_num_batched_tokens - budget)
+        num_tokens = self.config.max_num_batched_tokens - budget
+        return ScheduledBatch(step_input, sequences, sampled, num_tokens, num_prompt_tokens)
 
     def update(self, batch: ScheduledBatch, token_ids: ListOf[int]) -> list[Sequence]:
         """Append the tokens sampled for ``batch.sampled``; batches are updated in the order they were scheduled in.
@@ -179,7 +196,7 @@ class Scheduler:
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it stands; its blocks may be used by the next batch."""
         if seq.status is SequenceStatus.WAITING:
-            self.waiting.remove(seq)
+            _remove(self.waiting, seq)
         elif seq.status is SequenceStatus.RUNNING:
             self._evict(seq)
         seq.status = SequenceStatus.FINISHED
@@ -196,15 +213,17 @@ class Scheduler:
         seq.num_computed_tokens = len(cached) * size
         if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = seq.num_computed_tokens
-        self.waiting.remove(seq)
-        insort(self.running, seq, key=_arrival)
+            self.num_queried_tokens += length if self.enable_prefix_caching else 0
+            self.num_cached_tokens += seq.num_computed_tokens
+        _remove(self.waiting, seq)
+        insort(self.running, seq, key=_order)
         seq.status = SequenceStatus.RUNNING
         return True
 
     def _grow(self, seq: Sequence) -> bool:
-        """See that a running sequence has blocks for all its tokens, preempting later arrivals if it must.
+        """See that a running sequence has blocks for all its tokens, preempting those behind it if it must.
 
-        False if what is missing is held by earlier arrivals or by sequences in flight: it keeps what it has, and
+        False if what is missing is held by sequences before it or in flight: it keeps what it has, and
         waits for them.
         """
         missing = -(-len(seq.token_ids) // self.block_size) - len(seq.block_table)
@@ -216,14 +235,15 @@ class Scheduler:
                 return False
             self._evict(last)
             last.num_preemptions += 1
+            self.num_preemptions += 1
             last.status = SequenceStatus.WAITING
-            insort(self.waiting, last, key=_arrival)
+            insort(self.waiting, last, key=_order)
         seq.block_table += self.blocks.acquire((), missing)
         return True
 
     def _evict(self, seq: Sequence) -> None:
         """Take a running sequence's blocks away and have the workers forget it."""
-        self.running.remove(seq)
+        _remove(self.running, seq)
         self.blocks.release(seq.block_table)
         seq.block_table = []
         seq.num_computed_tokens = seq.num_sent_tokens = seq.num_sent_blocks = 0

@@ -26,12 +26,14 @@ class Sequence:
     """One continuation of a prompt.
 
     Attributes:
-        seq_id: unique in the engine and ascending by arrival: it is the sequence's priority.
+        seq_id: unique in the engine and ascending by arrival.
         request_id: of the request it belongs to.
         token_ids: prompt, then output; only ever appended to.
         prompt_len: how many of them are the prompt.
         seed: of its random numbers, always set.
         stop_token_ids: end-of-sequence and stop tokens that end it.
+        max_len: tokens, prompt included, at which it ends at the latest.
+        priority: lower goes first; equal ones in order of arrival.
         finish_reason: ``"stop"`` (end-of-sequence, stop token or stop string), ``"length"``, ``"abort"`` or
             ``"timeout"`` (the request's own time-out).
         stop_reason: the stop token or stop string that ended it; None for the end-of-sequence token, as in vLLM.
@@ -49,6 +51,8 @@ class Sequence:
     seed: int
     sampling: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()
+    max_len: int = 2**63 - 1
+    priority: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     status: SequenceStatus = SequenceStatus.WAITING
@@ -60,6 +64,11 @@ class Sequence:
     num_preemptions: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Its place among all sequences: the lowest goes first, the highest is preempted first."""
+        return self.priority, self.seq_id
 
     @property
     def num_output_tokens(self) -> int:

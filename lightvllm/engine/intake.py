@@ -1,0 +1,107 @@
+"""What a request may be: its prompt, its parameters, its priority and its time-out, checked before it is queued.
+
+Knows the model's configuration and tokenizer; no scheduler and no executor. Raises ConfigError for what cannot be run.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
+
+from lightvllm.config import EngineConfig
+from lightvllm.engine.tokenizer import Tokenizer
+from lightvllm.errors import ConfigError
+from lightvllm.sampling_params import SamplingParams
+
+MAX_PRIORITY = 2**31 - 1
+
+
+class TokensPrompt(TypedDict):
+    """A prompt given as tokens; ``prompt`` is its text, for the output alone."""
+
+    prompt_token_ids: Sequence[int]
+    prompt: NotRequired[str]
+
+
+Prompt = str | Sequence[int] | TokensPrompt
+
+
+class Intake:
+    """The checks of one engine, whose KV cache has ``num_kv_blocks`` blocks."""
+
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None, num_kv_blocks: int) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._num_kv_blocks = num_kv_blocks
+
+    def prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Its text, if it was given, and its tokens; they fit the model and the cache."""
+        text, token_ids = self._tokenize(prompt)
+        model, size = self._config.model, self._config.cache.block_size
+        longest = self._num_kv_blocks * size
+        if not token_ids:
+            raise ConfigError("the prompt is empty; give at least one token")
+        wrong = next((i for i in (min(token_ids), max(token_ids)) if not 0 <= i < model.vocab_size), None)
+        if wrong is not None:
+            raise ConfigError(f"token id {wrong} is not in the vocabulary; use 0 to {model.vocab_size - 1}")
+        if len(token_ids) >= model.max_model_len:
+            raise ConfigError(
+                f"the prompt has {len(token_ids)} tokens, but max_model_len={model.max_model_len} must hold it and at "
+                f"least one more; shorten it to {model.max_model_len - 1} or raise max_model_len"
+            )
+        if len(token_ids) > longest:
+            raise ConfigError(
+                f"the prompt has {len(token_ids)} tokens, but the whole KV cache holds {longest} "
+                f"(num_kv_blocks={self._num_kv_blocks} × block_size={size}); shorten it or raise num_kv_blocks"
+            )
+        return text, token_ids
+
+    def params(self, params: Any) -> SamplingParams:
+        """The parameters, which fit the model; vLLM's defaults for None."""
+        if params is None:
+            return SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(f"sampling_params is {params!r:.80}; expected SamplingParams")
+        vocab_size = self._config.model.vocab_size
+        if wrong := [i for i in params.stop_token_ids or () if not 0 <= i < vocab_size]:
+            raise ConfigError(f"stop_token_ids={wrong} are not in the vocabulary; use 0 to {vocab_size - 1}")
+        if params.stop and self._tokenizer is None:
+            raise ConfigError(f"stop={params.stop!r} needs text, but there is no tokenizer; use stop_token_ids")
+        return params
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        text: str | None = None
+        ids: Any = prompt
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ConfigError("the prompt is text, but there is no tokenizer; give prompt_token_ids")
+            return prompt, self._tokenizer.encode(prompt)
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" not in prompt:
+                raise ConfigError(f"the prompt has the keys {sorted(prompt)}; expected prompt_token_ids")
+            text, ids = prompt.get("prompt"), prompt["prompt_token_ids"]
+        try:
+            return text, [operator.index(i) for i in ids]
+        except TypeError:
+            raise ConfigError(f"the prompt is {ids!r:.80}; expected text or a list of token ids") from None
+
+
+def check_priority(priority: Any) -> None:
+    if type(priority) is not int or abs(priority) > MAX_PRIORITY:
+        raise ConfigError(
+            f"priority={priority!r:.80}; use an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}, lower goes first"
+        )
+
+
+def check_timeout(timeout: Any) -> None:
+    if timeout is None:
+        return
+    if type(timeout) not in (int, float) or not (math.isfinite(timeout) and timeout > 0):
+        raise ConfigError(f"timeout={timeout!r:.80}; use a positive number of seconds, or None for no limit")
+
+
+def check_stream(stream: Any) -> None:
+    if stream is not True and stream is not False and stream != "delta":
+        raise ConfigError(f"stream={stream!r:.80}; use True, False or 'delta'")
