@@ -90,6 +90,11 @@ class Metrics(Collector):
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
+    @property
+    def model_name(self) -> str:
+        """The label of that name; empty as long as nobody has given one."""
+        return self._model_name or ("" if self._client is None else self._client.info.model)
+
     def attach(self, client: EngineClient) -> None:
         """Read this engine's counters from now on."""
         self.detach()
@@ -138,8 +143,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metric families; called by the registry at each scrape."""
         client = self._client
-        name = self._model_name or ("" if client is None else client.info.model)
-        labels = {"model_name": name, "engine": ENGINE}
+        labels = {"model_name": self.model_name, "engine": ENGINE}
         yield from self._http_families()
         yield _info("lightvllm:build_info", "The server's version.", version=__version__, **_python())
         state = _gauge("lightvllm:engine_state", "1 for the state that the engine is in.", [*labels, "state"])

@@ -15,6 +15,7 @@ from lightvllm.engine.protocol import EngineClient, EngineInfo, EngineState, Eng
 from lightvllm.engine.tokenizer import Tokenizer
 from lightvllm.errors import ConfigError, QueueFull
 from lightvllm.sampling_params import SamplingParams
+from lightvllm.server.logging import http_request
 from lightvllm.server.metrics import Metrics
 from lightvllm.server.tracker import RequestTracker
 
@@ -88,6 +89,9 @@ class ObservedEngine:
 
     @contextmanager
     def _following(self, tracker: RequestTracker, request_id: str) -> Iterator[None]:
+        http = http_request.get()
+        if http is not None:
+            http.model = self._metrics.model_name
         try:
             yield
         except QueueFull:
@@ -102,6 +106,9 @@ class ObservedEngine:
         except BaseException:  # the generator was closed, or its task cancelled: the client has gone
             tracker.end("abort")
             raise
+        finally:
+            if http is not None:
+                http.add(tracker.prompt_tokens, tracker.generated_tokens, tracker.first_token_seconds)
 
     async def check_health(self) -> None:
         await self._client.check_health()

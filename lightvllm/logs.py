@@ -1,0 +1,97 @@
+"""How lines of log look: text for people, or one JSON object a line for collectors.
+
+Modules log as Python does (``logging.getLogger(__name__)``) and give what a machine should find by ``extra``; this
+decides only how a record is written, once per process (``configure``). Any module may import this one; it imports
+nothing of lightvllm. Keys and prompts are the callers' business: neither is ever given to a logger.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any, Literal, TextIO, get_args
+
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LOG_FORMATS: tuple[str, ...] = get_args(LogFormat)
+LOG_LEVELS: tuple[str, ...] = get_args(LogLevel)
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Of the request that is being answered, wherever something is logged for it; empty outside requests."""
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+
+
+def configure(
+    log_format: LogFormat = "text", level: LogLevel = "info", *, stream: TextIO | None = None, **fields: Any
+) -> None:
+    """Have this process's records written in one way; a later call replaces what an earlier one set.
+
+    Args:
+        log_format: ``"text"`` or ``"json"``.
+        level: the least important that is written. Other people's loggers are held at ``"warning"`` at least, for
+            they log at ``"info"`` what nobody asked for.
+        stream: None takes stderr.
+        fields: what every record of this process shall say, e.g. ``rank=1`` in a worker.
+    """
+    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
+    handler.setFormatter(JsonFormatter(fields) if log_format == "json" else TextFormatter(fields))
+    root, ours = logging.getLogger(), logging.getLogger("lightvllm")
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
+    ours.setLevel(level.upper())
+    ours.propagate = True
+    logging.captureWarnings(True)
+
+
+def _extra(record: logging.LogRecord, fields: dict[str, Any]) -> dict[str, Any]:
+    """What the record says beyond its message, the process's own fields first."""
+    said = {key: value for key, value in vars(record).items() if key not in _STANDARD and not key.startswith("_")}
+    if current := request_id.get():
+        said.setdefault("request_id", current)
+    return {**fields, **{key: value for key, value in said.items() if value is not None}}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: ``time`` (RFC 3339, UTC, milliseconds), ``level``, ``logger``, ``message``, then
+    what was put into the message by name (``logger.info("%(path)s", {"path": …})``) and what was given by ``extra``;
+    ``exception`` holds a traceback."""
+
+    def __init__(self, fields: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self._fields = dict(fields or {})
+
+    def format(self, record: logging.LogRecord) -> str:
+        said: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **(record.args if isinstance(record.args, Mapping) else {}),
+            **_extra(record, self._fields),
+        }
+        if record.exc_info:
+            said["exception"] = self.formatException(record.exc_info)
+        return json.dumps(said, ensure_ascii=False, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """``14:03:59 INFO lightvllm.server: message [request_id=… rank=1]``. What follows a line break in a message is
+    indented, so that nobody can write lines of log that are not there."""
+
+    def __init__(self, fields: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self._fields = dict(fields or {})
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        extra = " ".join(f"{key}={value}" for key, value in _extra(record, self._fields).items())
+        line = f"{clock} {record.levelname} {record.name}: {record.getMessage()}" + (f" [{extra}]" if extra else "")
+        line = line.replace("\r", "\\r").replace("\n", "\n    ")
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
