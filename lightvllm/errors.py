@@ -9,6 +9,8 @@
     ├── WorkerDied           a worker's process, actor or connection is gone
     ├── RpcTimeout           a call was not answered in time (also a TimeoutError, as in vLLM)
     ├── GraphCapacityExceeded  a compiled graph holds as many executions or results as it may
+    ├── ServerError          a model server could not be reached, answered with an error, or broke off
+    ├── InvalidOutput        a model's text is not what structured_output asks for
     ├── QueueFull            an engine has as many requests waiting as it may; says when to come again
     └── Shutdown             the executor or backend has been shut down
 
@@ -93,6 +95,46 @@ class GraphCapacityExceeded(LightvllmError):
 
     Nothing has been done; get or drop refs, then try again.
     """
+
+
+class ServerError(LightvllmError):
+    """A model server could not be reached, answered with an error, or broke off. Keys that it refuses are AuthError.
+
+    Attributes:
+        status: the HTTP status; None where no answer came.
+        kind, code, param: ``type``, ``code`` and ``param`` of OpenAI's error object, where the server sent one.
+        request_id: the server's ``X-Request-Id``, to be looked for in its logs.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int | None = None,
+        kind: str | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.code = code
+        self.param = param
+        self.request_id = request_id
+
+
+class InvalidOutput(LightvllmError):
+    """A model's text is not what ``structured_output`` asks for.
+
+    Attributes:
+        text: what the model wrote.
+        finish_reason: why it ended; ``"length"`` for one that was cut off.
+    """
+
+    def __init__(self, message: str, text: str, finish_reason: str | None = None) -> None:
+        super().__init__(message)
+        self.text = text
+        self.finish_reason = finish_reason
 
 
 class QueueFull(LightvllmError):
