@@ -102,7 +102,7 @@ async def load(request: Request) -> Load:
     lifecycle: Lifecycle = request.app.state.lifecycle
     stats = lifecycle.engine.stats if lifecycle.engine is not None else None
     return Load(
-        server_load=request.app.state.in_flight.count,
+        server_load=lifecycle.num_in_flight,
         num_running=stats.num_running if stats else 0,
         num_waiting=stats.num_waiting if stats else 0,
         kv_cache_usage=stats.kv_cache_usage if stats else 0.0,

@@ -9,7 +9,10 @@ The engine is at ``app.state.engine``, None while it starts; this reads it there
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from lightvllm.engine.protocol import EngineClient
@@ -29,12 +32,37 @@ class Lifecycle:
     def __init__(self, app_state: Any) -> None:
         self._app_state = app_state
         self._stopping = False
+        self._num_in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.progress = ""
         self.started_at = time.time()
 
     def stop(self) -> None:
         """From now on nothing new is taken; what runs goes on."""
         self._stopping = True
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have been given the engine and are not yet answered in full."""
+        return self._num_in_flight
+
+    @contextlib.contextmanager
+    def in_flight(self) -> Iterator[EngineClient]:
+        """The engine for one request; see ``require_engine``."""
+        engine = self.require_engine()
+        self._num_in_flight += 1
+        self._idle.clear()
+        try:
+            yield engine
+        finally:
+            self._num_in_flight -= 1
+            if not self._num_in_flight:
+                self._idle.set()
+
+    async def idle(self) -> None:
+        """Waits until no request is in flight."""
+        await self._idle.wait()
 
     @property
     def engine(self) -> EngineClient | None:

@@ -1,14 +1,184 @@
-"""Plain ASGI middlewares: the request's id and its log line, API keys, and how large and slow a body may be.
+"""Plain ASGI middlewares: the request's id, API keys, and how large and slow a body may be.
 
-They see every request before FastAPI does, and answer in OpenAI's shape by themselves. Rate limits are in
-``rate_limit.py``.
+They see a request before FastAPI does, and answer in OpenAI's shape by themselves. From the outside in:
+``RequestContext``, (CORS, Starlette's,) ``ApiKeys``, (``rate_limit.RateLimiter``,) ``RequestBodies``.
 """
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 
-class InFlight:
-    """How many requests are being answered, probes left out."""
+from pydantic import SecretStr
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    def __init__(self) -> None:
-        self.count = 0
+from lightvllm.server.errors import ApiError, as_api_error
+from lightvllm.server.paths import is_open, route_path
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Of the request that this task handles; for logs."""
+
+_SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+class RequestContext:
+    """Gives each request an id, and answers what nobody expected.
+
+    A client's ``X-Request-Id`` is taken if it is at most 128 letters, digits and ``._:-`` (so that it cannot forge log
+    lines or headers), otherwise one is made. It is at ``request.state.request_id``, in ``REQUEST_ID`` while the request
+    is handled, and in the answer's header ``X-Request-Id``. Ids that clients choose need not be unique.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        token = REQUEST_ID.set(request_id)
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            logger.debug("the client of request %s has left", request_id)
+        except Exception as error:  # noqa: BLE001  as_api_error logs what is not expected
+            answer = as_api_error(error, request_id=request_id)
+            if not started:
+                await answer.response()(scope, receive, send_with_id)
+            # Otherwise the connection ends in the middle of the answer, by which a client can tell.
+        finally:
+            REQUEST_ID.reset(token)
+
+
+class ApiKeys:
+    """Lets requests pass that bring one of ``keys`` as ``Authorization: Bearer``, and all to open paths.
+
+    Keys are compared by their digests, each of them and in constant time, so that answers tell nothing by how long
+    they take. ``scope["state"]["client"]`` says which key it was, without telling it: ``"key-1"``.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr], *, metrics_without_key: bool = False) -> None:
+        self.app = app
+        self._digests = [_digest(key.get_secret_value().encode()) for key in keys]
+        self._metrics_without_key = metrics_without_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_open(route_path(scope), metrics_without_key=self._metrics_without_key):
+            await self.app(scope, receive, send)
+            return
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        number = self._number(key.strip()) if scheme.lower() == "bearer" else None
+        if number is None:
+            what = "the API key is not valid" if key else "no API key was sent"
+            answer = ApiError(
+                401,
+                f"{what}; send one as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await answer.response()(scope, receive, send)
+            return
+        scope.setdefault("state", {})["client"] = f"key-{number}"
+        await self.app(scope, receive, send)
+
+    def _number(self, key: str) -> int | None:
+        digest = _digest(key.encode("latin-1"))  # as headers are decoded
+        found = None
+        for number, known in enumerate(self._digests, 1):
+            if hmac.compare_digest(digest, known):
+                found = number
+        return found
+
+
+class RequestBodies:
+    """Takes in the whole body before the app sees the request: at most ``max_bytes``, within ``timeout`` seconds.
+
+    What is announced as too large is refused before it is read. The app then gets the body as one message.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
+        self.app = app
+        self._max_bytes = max_bytes
+        self._timeout = timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        if "content-length" not in headers and "transfer-encoding" not in headers:
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await self._read(headers, receive)
+        except ApiError as error:
+            # Not closing lets the client read the answer although it is still sending; what it sends is thrown away.
+            # One that waits for "100 Continue" will not send it, and its next request would be taken for the body.
+            if "expect" in headers:
+                error.headers["Connection"] = "close"
+            await error.response()(scope, receive, send)
+            return
+        if body is None:  # the client has left
+            return
+
+        async def replay() -> Message:
+            nonlocal body
+            if body is None:
+                return await receive()
+            message: Message = {"type": "http.request", "body": body, "more_body": False}
+            body = None
+            return message
+
+        await self.app(scope, replay, send)
+
+    async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes | None:
+        announced = headers.get("content-length", "")
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self._max_bytes):
+            raise self._too_large()
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > self._max_bytes:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"the body did not come within {self._timeout:g} s",
+                code="request_timeout",
+                headers={"Connection": "close"},
+            ) from None
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413, f"the body is longer than {self._max_bytes} bytes, the most allowed", code="request_too_large"
+        )
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
