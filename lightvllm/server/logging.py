@@ -1,8 +1,7 @@
 """The server's log: a line for each HTTP request, in place of uvicorn's, and uvicorn's own messages in our format.
 
-``HttpRequest`` is what one request leaves behind for its line: the middleware that gives it its id makes one and calls
-``log_answer`` at the end; ``ObservedEngine`` adds what the engine did for it. No prompt, no answer and no header is
-logged.
+``HttpRequest`` is what a request leaves behind for its line: ``Access`` makes one and calls ``log_answer`` at the end;
+``ObservedEngine`` adds what the engine did for it. No prompt, no answer and no header is logged.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class HttpRequest:
         first_token_seconds: of the first of them.
     """
 
-    request_id: str
+    request_id: str = ""
     traceparent: str = ""
     tracestate: str = ""
     model: str | None = None

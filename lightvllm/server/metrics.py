@@ -213,11 +213,15 @@ class Metrics(Collector):
             "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.total_prefix_cache_hits
         )
         yield counter("vllm:num_preemptions", "Sequences that gave up their cache to others.", stats.total_preemptions)
-        yield counter(
-            "vllm:prompt_tokens",
-            "Prompt tokens computed (those found in the cache are not).",
-            stats.total_prompt_tokens,
+        computed, cached = stats.total_prompt_tokens, stats.total_prefix_cache_hits
+        yield counter("vllm:prompt_tokens", "Prompt tokens, computed or found in the cache.", computed + cached)
+        yield counter("vllm:prompt_tokens_cached", "Prompt tokens found in the cache.", cached)
+        sources = CounterMetricFamily(
+            "vllm:prompt_tokens_by_source", "Prompt tokens by where they came from.", labels=[*labels, "source"]
         )
+        sources.add_metric([*labels.values(), "local_compute"], computed)
+        sources.add_metric([*labels.values(), "local_cache_hit"], cached)
+        yield sources
         yield counter("vllm:generation_tokens", "Tokens sampled.", stats.total_generation_tokens)
         yield self._step_tokens.family(labels)
         overhead = max(0.0, stats.total_step_seconds - stats.total_model_seconds)

@@ -126,12 +126,12 @@ class RequestTracker:
         self._totals = totals
         self._params = params
         self._kind = output_kind
-        self._lengths: list[int] = []  # tokens of each continuation
+        self._lengths: dict[int, int] = {}  # tokens of each continuation
         self._last_token: float | None = None
 
     @property
     def generated_tokens(self) -> int:
-        return sum(self._lengths)
+        return sum(self._lengths.values())
 
     @property
     def first_token_seconds(self) -> float | None:
@@ -146,16 +146,13 @@ class RequestTracker:
         self.times = output.metrics
         self.prompt_tokens = len(output.prompt_token_ids)
         self.cached_tokens = output.num_cached_tokens or 0
-        if len(self._lengths) < len(output.outputs):
-            self._lengths += [0] * (len(output.outputs) - len(self._lengths))
         steps = 0  # in which the furthest of the continuations got a token
         for completion in output.outputs:
-            length = len(completion.token_ids)
+            before, length = self._lengths.get(completion.index, 0), len(completion.token_ids)
             if self._kind == "delta":
-                new, self._lengths[completion.index] = length, self._lengths[completion.index] + length
-            else:
-                new, self._lengths[completion.index] = length - self._lengths[completion.index], length
-            steps = max(steps, new)
+                length += before
+            self._lengths[completion.index] = length
+            steps = max(steps, length - before)
         if steps > 0:
             self._got_tokens(output.metrics, steps)
         if output.finished:
@@ -195,7 +192,7 @@ class RequestTracker:
             self._leave_figures(self._params, self.times)
 
     def _leave_figures(self, params: SamplingParams, times: RequestMetrics) -> None:
-        totals, longest = self._totals, max(self._lengths, default=0)
+        totals, longest = self._totals, max(self._lengths.values(), default=0)
         totals.generation_tokens.observe(self.generated_tokens)
         totals.max_generation_tokens.observe(longest)
         totals.n.observe(params.n)
