@@ -20,11 +20,10 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 class Access:
-    """Counts requests in ``metrics``, and logs them if ``log_requests``."""
+    """Counts requests in the application's ``state.metrics``, and logs them if ``log_requests``."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, log_requests: bool = True) -> None:
+    def __init__(self, app: ASGIApp, *, log_requests: bool = True) -> None:
         self.app = app
-        self._metrics = metrics
         self._log_requests = log_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +60,8 @@ class Access:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         # Templates only: what clients make up must not become a metric each.
         handler = getattr(scope.get("route"), "path", None) or "none"
-        self._metrics.answered(method, handler, status, seconds)
+        metrics: Metrics = scope["app"].state.metrics
+        metrics.answered(method, handler, status, seconds)
         if self._log_requests:
             request.request_id = scope.get("state", {}).get("request_id", "")
             client = scope["client"][0] if scope.get("client") else ""
