@@ -1,8 +1,8 @@
 """``create_app``: the FastAPI application, put together from its parts.
 
 The parts know each other by ``app.state``: ``engine`` (``EngineClient``, or None while the model loads), ``settings``,
-``lifecycle``, ``metrics``. A request meets, from the outside in: its id, CORS, the API key, the rate limit, the size of
-its body, then the routes; each is a plain ASGI middleware, because Starlette's ``BaseHTTPMiddleware`` hides a client's
+``lifecycle``, ``metrics``. A request meets, from the outside in: its log line, its id, CORS, the API key, the rate limit,
+the size of its body, then the routes; each is a plain ASGI middleware, because Starlette's ``BaseHTTPMiddleware`` hides a client's
 leaving from a stream. Routes of the API are reached only while the engine can take a request.
 """
 
@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from lightvllm.engine.protocol import EngineClient
 from lightvllm.server import errors, health, metrics, openapi
+from lightvllm.server.access import Access
 from lightvllm.server.lifecycle import Lifecycle
 from lightvllm.server.metrics import Metrics
 from lightvllm.server.middleware import ApiKeys, RequestBodies, RequestContext
@@ -81,7 +82,7 @@ async def in_flight(request: Request) -> AsyncIterator[EngineClient]:
 
 def _middleware(settings: ServerSettings) -> list[Middleware]:
     """From the outside in."""
-    chain = [Middleware(RequestContext)]
+    chain = [Middleware(Access, log_requests=settings.log_requests), Middleware(RequestContext)]
     if settings.allowed_origins:
         chain.append(
             Middleware(

@@ -13,20 +13,17 @@ import logging
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 
 from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lightvllm import logs
 from lightvllm.server.errors import ApiError, as_api_error
 from lightvllm.server.paths import is_open, route_path
 
 logger = logging.getLogger(__name__)
-
-REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Of the request that this task handles; for logs."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
@@ -35,8 +32,8 @@ class RequestContext:
     """Gives each request an id, and answers what nobody expected.
 
     A client's ``X-Request-Id`` is taken if it is at most 128 letters, digits and ``._:-`` (so that it cannot forge log
-    lines or headers), otherwise one is made. It is at ``request.state.request_id``, in ``REQUEST_ID`` while the request
-    is handled, and in the answer's header ``X-Request-Id``. Ids that clients choose need not be unique.
+    lines or headers), otherwise one is made. It is at ``request.state.request_id``, in ``logs.request_id`` while the
+    request is handled, and in the answer's header ``X-Request-Id``. Ids that clients choose need not be unique.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -58,7 +55,7 @@ class RequestContext:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        token = REQUEST_ID.set(request_id)
+        token = logs.request_id.set(request_id)
         try:
             await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
@@ -69,7 +66,7 @@ class RequestContext:
                 await answer.response()(scope, receive, send_with_id)
             # Otherwise the connection ends in the middle of the answer, by which a client can tell.
         finally:
-            REQUEST_ID.reset(token)
+            logs.request_id.reset(token)
 
 
 class ApiKeys:
