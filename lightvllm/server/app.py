@@ -1,9 +1,10 @@
 """``create_app``: the FastAPI application, put together from its parts.
 
 The parts know each other by ``app.state``: ``engine`` (``EngineClient``, or None while the model loads), ``settings``,
-``lifecycle``, ``metrics``. A request meets, from the outside in: its log line, its id, CORS, the API key, the rate limit,
-the size of its body, then the routes; each is a plain ASGI middleware, because Starlette's ``BaseHTTPMiddleware`` hides a client's
-leaving from a stream. Routes of the API are reached only while the engine can take a request.
+``lifecycle``, ``metrics``. A request meets, from the outside in: its log line, its id, CORS, the API key, the rate
+limit, the size of its body, then the routes; each is a plain ASGI middleware, because Starlette's
+``BaseHTTPMiddleware`` hides a client's leaving from a stream. Routes of the API are reached only while the engine can
+take a request.
 """
 
 from __future__ import annotations
