@@ -49,11 +49,18 @@ async def metrics(request: Request) -> Response:
 
 
 class RecentError(NamedTuple):
-    """Something that went wrong on the server's side: when (seconds since 1970), with which request, and what."""
+    """Something that went wrong on the server's side.
+
+    Attributes:
+        time: when, the last time; seconds since 1970.
+        request_id: of the request that it happened to last; empty if it happened to none.
+        count: times in a row: one dead worker fails many requests in the same way.
+    """
 
     time: float
     request_id: str
     message: str
+    count: int = 1
 
 
 class Metrics(Collector):
@@ -111,7 +118,10 @@ class Metrics(Collector):
 
     def failed(self, request_id: str, message: str) -> None:
         """Remember a failure for the status page."""
-        self.errors.append(RecentError(time.time(), request_id, message))
+        count = 1
+        if self.errors and self.errors[-1].message == message:
+            count += self.errors.pop().count
+        self.errors.append(RecentError(time.time(), request_id, message, count))
 
     def answered(self, method: str, handler: str, status: int, seconds: float) -> None:
         """One HTTP request has been answered. ``handler`` is the route's template, never what the client sent."""

@@ -7,7 +7,7 @@ that then comes to the engine is followed from its arrival to its end, however i
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager
 
 from lightvllm.engine.engine import Prompt
 from lightvllm.engine.outputs import EmbeddingOutput, RequestOutput
@@ -15,17 +15,19 @@ from lightvllm.engine.protocol import EngineClient, EngineInfo, EngineState, Eng
 from lightvllm.engine.tokenizer import Tokenizer
 from lightvllm.errors import ConfigError, QueueFull
 from lightvllm.sampling_params import SamplingParams
-from lightvllm.server.logging import http_request
+from lightvllm.server.logging import HttpRequest, http_request
 from lightvllm.server.metrics import Metrics
+from lightvllm.server.tracing import Tracer
 from lightvllm.server.tracker import RequestTracker
 
 
 class ObservedEngine:
-    """``client``, with every request counted in ``metrics``."""
+    """``client``, with every request counted in ``metrics`` and, if there is a ``tracer``, traced."""
 
-    def __init__(self, client: EngineClient, metrics: Metrics) -> None:
+    def __init__(self, client: EngineClient, metrics: Metrics, tracer: Tracer | None = None) -> None:
         self._client = client
         self._metrics = metrics
+        self._tracer = tracer
         metrics.attach(client)
 
     @property
@@ -69,12 +71,15 @@ class ObservedEngine:
             prompt, sampling_params, request_id, priority=priority, timeout=timeout, output_kind=output_kind
         )
         tracker = RequestTracker(self._metrics.requests, sampling_params or SamplingParams(), output_kind)
-        return self._watch(outputs, tracker, request_id or "")
+        return self._watch(outputs, self._following(tracker, request_id or "", http_request.get()), tracker)
 
     async def _watch(
-        self, outputs: AsyncGenerator[RequestOutput, None], tracker: RequestTracker, request_id: str
+        self,
+        outputs: AsyncGenerator[RequestOutput, None],
+        following: AbstractContextManager[None],
+        tracker: RequestTracker,
     ) -> AsyncGenerator[RequestOutput, None]:
-        with self._following(tracker, request_id):
+        with following:
             async with aclosing(outputs):
                 async for output in outputs:
                     tracker.update(output)
@@ -82,16 +87,16 @@ class ObservedEngine:
 
     async def embed(self, prompt: Prompt, request_id: str | None = None, *, priority: int = 0) -> EmbeddingOutput:
         tracker = RequestTracker(self._metrics.requests)
-        with self._following(tracker, request_id or ""):
+        with self._following(tracker, request_id or "", http_request.get()):
             output = await self._client.embed(prompt, request_id, priority=priority)
             tracker.embedded(output)
             return output
 
     @contextmanager
-    def _following(self, tracker: RequestTracker, request_id: str) -> Iterator[None]:
-        http = http_request.get()
+    def _following(self, tracker: RequestTracker, request_id: str, http: HttpRequest | None) -> Iterator[None]:
         if http is not None:
             http.model = self._metrics.model_name
+        failure: str | None = None
         try:
             yield
         except QueueFull:
@@ -100,8 +105,9 @@ class ObservedEngine:
         except ConfigError:  # never was a request of the engine
             raise
         except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
             tracker.end("error")
-            self._metrics.failed(request_id, f"{type(error).__name__}: {error}")
+            self._metrics.failed(request_id, failure)
             raise
         except BaseException:  # the generator was closed, or its task cancelled: the client has gone
             tracker.end("abort")
@@ -109,6 +115,8 @@ class ObservedEngine:
         finally:
             if http is not None:
                 http.add(tracker.prompt_tokens, tracker.generated_tokens, tracker.first_token_seconds)
+            if self._tracer is not None and tracker.ending is not None:
+                self._tracer.request(tracker, request_id, self._metrics.model_name, http, failure)
 
     async def check_health(self) -> None:
         await self._client.check_health()

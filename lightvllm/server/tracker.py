@@ -105,13 +105,13 @@ class RequestTracker:
     Attributes:
         arrival: when this was made, ``time.monotonic()``.
         ending: None until the request has ended.
-        prompt_tokens, generated_tokens: so far.
+        prompt_tokens, cached_tokens, generated_tokens: so far.
         times: the engine's latest, None before its first output.
     """
 
     __slots__ = (
-        "_kind", "_last_token", "_lengths", "_params", "_totals",
-        "arrival", "cached_tokens", "ended_at", "ending", "prompt_tokens", "times",
+        "_kind", "_last_token", "_lengths", "_totals",
+        "arrival", "cached_tokens", "ended_at", "ending", "params", "prompt_tokens", "times",
     )  # fmt: skip
 
     def __init__(
@@ -124,7 +124,7 @@ class RequestTracker:
         self.cached_tokens = 0
         self.times: RequestMetrics | None = None
         self._totals = totals
-        self._params = params
+        self.params = params
         self._kind = output_kind
         self._lengths: dict[int, int] = {}  # tokens of each continuation
         self._last_token: float | None = None
@@ -188,8 +188,8 @@ class RequestTracker:
         self._totals.e2e.observe(self.ended_at - self.arrival)
         self._totals.prompt_tokens.observe(self.prompt_tokens)
         self._totals.computed_tokens.observe(self.prompt_tokens - self.cached_tokens)
-        if self._params is not None and self.times is not None:
-            self._leave_figures(self._params, self.times)
+        if self.params is not None and self.times is not None:
+            self._leave_figures(self.params, self.times)
 
     def _leave_figures(self, params: SamplingParams, times: RequestMetrics) -> None:
         totals, longest = self._totals, max(self._lengths.values(), default=0)
