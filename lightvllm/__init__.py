@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from lightvllm.version import __version__
 
 if TYPE_CHECKING:
+    from lightvllm.engine.async_llm import AsyncLLM
     from lightvllm.engine.llm import LLM
     from lightvllm.models.pretrained import LightvLLM
     from lightvllm.sampling_params import SamplingParams
 
-__all__ = ["LLM", "LightvLLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "LightvLLM", "SamplingParams", "__version__"]
 
 _HOMES = {
+    "AsyncLLM": "lightvllm.engine.async_llm",
     "LLM": "lightvllm.engine.llm",
     "LightvLLM": "lightvllm.models.pretrained",
     "SamplingParams": "lightvllm.sampling_params",

@@ -23,7 +23,7 @@ def python(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_public_names() -> None:
-    assert sorted(lightvllm.__all__) == ["LLM", "LightvLLM", "SamplingParams", "__version__"]
+    assert sorted(lightvllm.__all__) == ["AsyncLLM", "LLM", "LightvLLM", "SamplingParams", "__version__"]
     with pytest.raises(AttributeError, match="no attribute 'Missing'"):
         _ = lightvllm.Missing
 
