@@ -63,7 +63,6 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {
 
 
 @router.get("/health", responses=_NOT_READY, summary="Readiness")
-@router.get("/ping", responses=_NOT_READY, summary="Readiness, as Amazon SageMaker asks for it")
 async def health(
     request: Request,
     response: Response,
@@ -80,6 +79,11 @@ async def health(
     response.headers["Cache-Control"] = "no-store"
     dead = [rank.rank for rank in engine.ranks if rank.health == "dead"] if engine is not None else []
     return Health(status=phase, reason=reason, dead_ranks=dead)
+
+
+@router.get("/ping", responses=_NOT_READY, summary="Readiness, as Amazon SageMaker asks for it")
+async def ping(request: Request, response: Response) -> Health:
+    return await health(request, response)
 
 
 @router.get("/live", responses={503: {"model": Liveness, "description": "The engine has failed."}}, summary="Liveness")
