@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -77,6 +77,14 @@ class EngineOptions:
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens computed in one step.", rich_help_panel=_ENGINE)
     ] = 2048
+    async_scheduling: Annotated[
+        bool | None,
+        typer.Option(
+            help="Plan and send each step while the one before runs.",
+            show_default="on, with one pipeline stage",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None
     device: Annotated[Device, typer.Option(help="What the workers compute on.", rich_help_panel=_ENGINE)] = Device.auto
     threads: Annotated[
         int, typer.Option(min=0, help="CPU threads per worker; 0 shares the cores out.", rich_help_panel=_ENGINE)
@@ -174,26 +182,42 @@ def with_engine_options(**defaults: Any) -> Callable[[Callable[..., None]], Call
 
     ``defaults`` are this command's own, by field.
     """
+    return with_options({"engine": EngineOptions}, **defaults)
+
+
+def with_options(
+    groups: Mapping[str, type[Any]], **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the fields of dataclasses as options, in place of the parameters that are to hold them.
+
+    Args:
+        groups: the dataclass for each such parameter; its fields are annotated with typer options.
+        defaults: this command's own, by field.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
-        hints = get_type_hints(EngineOptions, include_extras=True)
-        parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "engine"]
-        parameters += [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=defaults.get(field.name, field.default),
-                annotation=hints[field.name],
-            )
-            for field in fields(EngineOptions)
-        ]
+        parameters = [parameter for parameter in signature.parameters.values() if parameter.name not in groups]
+        for group in groups.values():
+            hints = get_type_hints(group, include_extras=True)
+            parameters += [
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=defaults.get(field.name, field.default),
+                    annotation=hints[field.name],
+                )
+                for field in fields(group)
+            ]
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
 
         @functools.wraps(command)
         def with_options(**values: Any) -> None:
-            engine = EngineOptions(**{field.name: values.pop(field.name) for field in fields(EngineOptions)})
-            command(engine=engine, **values)
+            held = {
+                name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+                for name, group in groups.items()
+            }
+            command(**held, **values)
 
         # typer asks both for what it is to parse, and would follow __wrapped__ to the function inside.
         del with_options.__wrapped__
