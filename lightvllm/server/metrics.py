@@ -14,7 +14,8 @@ import platform
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -48,7 +49,8 @@ async def metrics(request: Request) -> Response:
     return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
 
 
-class RecentError(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class RecentError:
     """Something that went wrong on the server's side.
 
     Attributes:
