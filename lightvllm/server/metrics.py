@@ -27,7 +27,8 @@ from prometheus_client.core import (
     Metric,
     SummaryMetricFamily,
 )
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from lightvllm.engine.protocol import EngineClient, EngineState, EngineStats
@@ -44,8 +45,21 @@ router = APIRouter()
 @router.get("/metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format, or OpenMetrics for those who ask for it."""
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    body = encode(request.app.state.metrics.registry)
+    registry = request.app.state.metrics.registry
+    for accepted in request.headers.get("accept", "").split(","):
+        match accepted.split(";")[0].strip():
+            case "application/openmetrics-text":
+                # Their own choice for this type turns the colons in names into underscores; ours need no escapes.
+                body = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
+                    registry, escaping=openmetrics.ALLOWUTF8, version="1.0.0"
+                )
+                return _scraped(body, "application/openmetrics-text; version=1.0.0; charset=utf-8")
+            case "text/plain":
+                break
+    return _scraped(generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def _scraped(body: bytes, content_type: str) -> Response:
     return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
 
 
