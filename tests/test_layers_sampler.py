@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightvllm.errors import LightvllmError
-from lightvllm.layers.sampler import SamplingState, draw, sample, uniform
+from lightvllm.layers.sampler import SamplingState, bad_words_table, draw, sample, uniform
 from lightvllm.sampling_params import SamplingParams
 
 VOCAB = 1000
@@ -83,6 +83,47 @@ def test_draw_is_the_inverse_cdf_of_the_filtered_distribution(
     assert p[token] > 0
     # On an edge between two tokens rounding decides.
     assert token == expected or distance < 1e-12
+
+
+def reference_draw(row: np.ndarray, params: SamplingParams, u: float) -> int:
+    """The same, by sorting the whole vocabulary by value and then by id."""
+    scaled = (row.astype(np.float64) - float(row.max())) / params.temperature
+    if params.min_p > 0.0:
+        scaled[scaled < np.log(params.min_p)] = -np.inf
+    ids = np.lexsort((np.arange(len(row)), -row))
+    if params.top_k > 0:
+        ids = ids[: params.top_k]
+    cumulative = np.cumsum(np.exp(scaled[ids]))
+    if params.top_p < 1.0:
+        cumulative = cumulative[: int(np.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1]
+    place = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+    return int(ids[min(place, int(np.searchsorted(cumulative, cumulative[-1])))])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    params=st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.3, 0.8, 1.0, 4.0]),
+        top_k=st.sampled_from([0, 3, 1000, 49151]),
+        top_p=st.sampled_from([1.0, 0.999, 0.9, 0.2]),
+        min_p=st.sampled_from([0.0, 0.01]),
+    ),
+    levels=st.sampled_from([3, 400, None]),
+    wide=st.booleans(),
+)
+def test_the_quick_draw_takes_what_sorting_everything_takes(
+    seed: int, params: SamplingParams, levels: int | None, wide: bool
+) -> None:
+    """A real vocabulary; few levels make thousands of equal logits, also across the edge of what is sorted."""
+    row = logits(seed=seed, scale=2.0, vocab=49_152)[0].numpy()
+    if levels is not None:
+        row = np.round(row * levels / 20) * 20 / levels
+    row = row.astype(np.float64 if wide else np.float32)
+    for index in range(4):
+        u = uniform(seed, index)
+        assert draw(row, params, u) == reference_draw(row, params, u)
 
 
 def test_equal_logits_are_drawn_in_the_order_of_their_ids() -> None:
@@ -177,6 +218,79 @@ def test_stop_tokens_are_masked_until_min_tokens_are_out() -> None:
         assert sample(x, [state(params, [0], [], stop_token_ids=[1, 2])])[0] == [3]
         assert sample(x, [state(params, [0], [0], stop_token_ids=[1, 2])])[0] == [3]
         assert sample(x, [state(params, [0], [0, 0], stop_token_ids=[1, 2])])[0] == [1]
+
+
+def test_a_bias_is_added_before_the_penalties() -> None:
+    x = torch.tensor([[4.0, -1.0, 3.0, 2.0]])
+    assert sample(x, [state(SamplingParams(temperature=0.0, logit_bias={1: 5.5}), [0])])[0] == [1]
+    assert sample(x, [state(SamplingParams(temperature=0.0, logit_bias={0: -100, 2: -100}), [0])])[0] == [3]
+    both = SamplingParams(temperature=0.0, logit_bias={1: 6.0}, repetition_penalty=2.0)
+    assert sample(x, [state(both, [1])])[0] == [0]  # (-1 + 6) / 2 < 4
+    drawn = SamplingParams(temperature=1.0, logit_bias={3: 100.0})
+    assert sample(x, [state(drawn, [0], seed=seed) for seed in range(1)])[0] == [3]
+
+
+def test_only_allowed_tokens_are_chosen() -> None:
+    x = logits(rows=40)
+    drawn = SamplingParams(temperature=2.0, allowed_token_ids=[900, 3, 3, 17])
+    tokens, _ = sample(x, [state(drawn, [1], seed=seed) for seed in range(40)])
+    assert set(tokens) == {3, 17, 900}
+    greedy = SamplingParams(temperature=0.0, allowed_token_ids=[900, 3, 17])
+    assert sample(x, [state(greedy, [1])] * 40)[0] == [
+        [3, 17, 900][int(np.argmax(row[[3, 17, 900]]))] for row in x.numpy()
+    ]
+    # Of the allowed ones alone, the distribution is that of a vocabulary of three.
+    for row, seed, token in zip(x.numpy(), range(40), tokens, strict=True):
+        assert [3, 17, 900][draw(row[[3, 17, 900]], SamplingParams(temperature=2.0), uniform(seed, 0))] == token
+
+
+def test_the_token_that_completes_a_bad_word_is_masked() -> None:
+    x = torch.tensor([[1.0, 9.0, 8.0, 7.0]])
+    greedy, table = SamplingParams(temperature=0.0), bad_words_table([[1], [2, 3, 2], [2, 0]])
+
+    def token(output: list[int]) -> int:
+        return sample(x, [state(greedy, [2, 3], output, bad_words=table)])[0][0]
+
+    assert token([]) == 2  # the prompt does not begin a word
+    assert token([2, 3]) == 3  # 1 and 2 are masked
+    assert token([3, 2, 3]) == 3
+    assert token([3, 3]) == 2
+    x[0, 0] = 10.0
+    assert token([2]) == 2
+    assert token([3]) == 0
+
+
+def test_masks_and_filters_give_the_same_alone_in_any_batch_and_again() -> None:
+    x = logits(rows=6)
+    kinds = [
+        SamplingParams(temperature=0.9, logit_bias={5: 3.0, 9: -100.0}),
+        SamplingParams(temperature=0.9, allowed_token_ids=list(range(0, VOCAB, 7)), top_p=0.9),
+        SamplingParams(temperature=0.9, presence_penalty=1.0, logit_bias={4: 2.0}, logprobs=2),
+        SamplingParams(temperature=0.0, allowed_token_ids=[4, 6], logit_bias={4: 100.0}),
+        SamplingParams(temperature=0.9),
+        SamplingParams(temperature=0.9, min_tokens=5, allowed_token_ids=[1, 2, 3]),
+    ]
+    table = bad_words_table([[5], [4, 4]])
+    rows = [state(p, [1, 2], [4, 4], seed=i, stop_token_ids=[1, 2], bad_words=table) for i, p in enumerate(kinds)]
+    together, _ = sample(x, rows)
+    assert [sample(x[i : i + 1], [rows[i]])[0][0] for i in range(6)] == together
+    assert sample(x.flip(0), rows[::-1])[0][::-1] == together
+    assert not any(row.error for row in rows)
+    assert together[5] == 3
+
+
+def test_a_row_for_which_no_token_is_left_has_an_error_and_the_others_none() -> None:
+    x = logits(rows=3)
+    fine = SamplingParams(temperature=0.0)
+    rows = [
+        state(fine, [1]),
+        state(SamplingParams(temperature=1.0, allowed_token_ids=[5]), [1], bad_words=bad_words_table([[5]])),
+        state(fine, [1]),
+    ]
+    tokens, _ = sample(x, rows)
+    assert [tokens[0], tokens[2]] == [int(x[0].argmax()), int(x[2].argmax())]
+    assert [row.error is None for row in rows] == [True, False, True]
+    assert "no token may be chosen" in str(rows[1].error)
 
 
 def test_logprobs_are_of_the_raw_logits() -> None:
