@@ -1,8 +1,8 @@
 """``create_app``: the FastAPI application, put together from its parts.
 
 The parts know each other by ``app.state``: ``engine`` (``EngineClient``, or None while the model loads), ``settings``,
-``lifecycle``, ``metrics``. A request meets, from the outside in: its log line, its id, CORS, the API key, the rate
-limit, the size of its body, then the routes; each is a plain ASGI middleware, because Starlette's
+``lifecycle``, ``metrics``, ``tracer`` (or None). A request meets, from the outside in: its log line, its id, CORS, the
+API key, the rate limit, the size of its body, then the routes; each is a plain ASGI middleware, because Starlette's
 ``BaseHTTPMiddleware`` hides a client's leaving from a stream. Routes of the API are reached only while the engine can
 take a request.
 """
@@ -24,6 +24,7 @@ from lightvllm.server.middleware import ApiKeys, RequestBodies, RequestContext
 from lightvllm.server.observed import ObservedEngine
 from lightvllm.server.rate_limit import RateLimiter
 from lightvllm.server.settings import ServerSettings
+from lightvllm.server.tracing import Tracer
 from lightvllm.version import __version__
 
 _DESCRIPTION = "OpenAI's API over a lightvllm engine. Errors have OpenAI's shape; every answer has an X-Request-Id."
@@ -59,6 +60,7 @@ def create_app(client: EngineClient | None, settings: ServerSettings) -> FastAPI
     app.state.engine = None
     app.state.lifecycle = Lifecycle(app.state)
     app.state.metrics = Metrics(settings.served_model_names[0] if settings.served_model_names else None)
+    app.state.tracer = None if settings.otlp_traces_endpoint is None else Tracer(settings.otlp_traces_endpoint)
     errors.install(app)
     app.include_router(health.router)
     app.include_router(metrics.router)
@@ -70,7 +72,7 @@ def create_app(client: EngineClient | None, settings: ServerSettings) -> FastAPI
 
 def attach_engine(app: FastAPI, client: EngineClient) -> None:
     """Have ``app`` answer with ``client`` from now on."""
-    app.state.engine = ObservedEngine(client, app.state.metrics)
+    app.state.engine = ObservedEngine(client, app.state.metrics, app.state.tracer)
 
 
 async def in_flight(request: Request) -> AsyncIterator[EngineClient]:

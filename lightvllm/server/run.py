@@ -167,6 +167,8 @@ class _Run:
                 # Requests that still run end with an error, which their clients are told.
                 server.should_exit = True
                 await serving
+                if self._app.state.tracer is not None:
+                    await asyncio.to_thread(self._app.state.tracer.shutdown)
 
     async def _first(self, *tasks: asyncio.Task[Any]) -> None:
         """Wait for one of the tasks or a signal; the last task must not end before."""
