@@ -22,7 +22,7 @@ from lightvllm.version import __version__
 
 router = APIRouter(tags=["server"])
 
-DEEP_CHECK_TIMEOUT = 10.0
+DEEP_CHECK_TIMEOUT = 20.0
 """Seconds within which all workers must answer a deep check."""
 
 

@@ -57,9 +57,10 @@ class Buckets:
         now = self._clock()
         full_at = max(self._full_at.get(client, now), now)
         after = full_at + self._interval
+        wait = after - now - self._limit.seconds
         # A sum of fractions of a second is not exact: a thousandth of a request is forgiven.
-        wait = after - now - self._limit.seconds - self._interval / 1000
-        if wait > 0:
+        if wait > self._interval / 1000:
+            self._forget(now)
             return Verdict(False, 0, full_at - now, wait)
         self._full_at[client] = after
         self._full_at.move_to_end(client)
@@ -68,7 +69,7 @@ class Buckets:
         return Verdict(True, remaining, after - now, 0.0)
 
     def _forget(self, now: float) -> None:
-        # Two at a time, so that the memory also shrinks while clients come.
+        # Two at a time, so that the memory also shrinks while clients come. The present client's is not full.
         for _ in range(2):
             client, full_at = next(iter(self._full_at.items()))
             if full_at > now and len(self._full_at) <= self._max_clients:
