@@ -18,13 +18,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import IO
 
 import msgspec
 
-import lightvllm
 from lightvllm.backends.k8s.security import Tls, Token
+from lightvllm.child import how_it_ended, python_path
 from lightvllm.errors import ConfigError, PlacementError
 
 MAX_MESSAGE_BYTES = 256 * 2**20
@@ -103,7 +102,7 @@ class WorkerProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE if capture else None,
-                env={**env, "PYTHONPATH": _python_path(env.get("PYTHONPATH"))},
+                env={**env, "PYTHONPATH": python_path(env.get("PYTHONPATH"))},
                 process_group=0,  # a terminal's Ctrl-C is for the parent, which ends its children in order
             )
         except OSError as error:
@@ -143,8 +142,7 @@ class WorkerProcess:
         code = self._process.returncode
         if code is None:
             return "is running"
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        how += f" {when}" if when else ""
+        how = f"{how_it_ended(code)} {when}" if when else how_it_ended(code)
         told = code not in (0, -signal.SIGKILL, -signal.SIGTERM) and self._tail
         return f"{how}: {self._tail[-1]}" if told else how
 
@@ -201,9 +199,3 @@ class WorkerProcess:
         self.hang_up()
         self.exited.set()
         on_exit()
-
-
-def _python_path(others: str | None) -> str:
-    """PYTHONPATH under which the child imports this very lightvllm."""
-    root = str(Path(lightvllm.__file__).resolve().parent.parent)
-    return os.pathsep.join([root, *filter(None, [others])])

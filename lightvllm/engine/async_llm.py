@@ -19,7 +19,7 @@ from typing import Any, Self
 import msgspec
 
 from lightvllm.engine.admission import Admission
-from lightvllm.engine.core import end_ranks
+from lightvllm.engine.core import ended_ranks
 from lightvllm.engine.core_messages import (
     Abort,
     Add,
@@ -61,7 +61,7 @@ class AsyncLLM:
         cls,
         model: str | os.PathLike[str],
         *,
-        engine_process: bool = False,
+        engine_process: bool = True,
         max_num_waiting: int = 1024,
         shutdown_timeout: float = 10.0,
         progress: Callable[[str], None] | None = None,
@@ -142,9 +142,12 @@ class AsyncLLM:
     async def _start(self, configured: Configured, engine_process: bool) -> None:
         deliver = functools.partial(_deliver, weakref.ref(self))
         if engine_process:
-            raise ConfigError("engine_process=True is not there yet; use False")
-        make = functools.partial(_make_executor, configured)
-        self._core = ThreadCore(configured.engine, self._tokenizer, make, deliver, self._shutdown_timeout)
+            from lightvllm.engine.core_process import ProcessCore
+
+            self._core = ProcessCore(configured, self._tokenizer is None, deliver, self._shutdown_timeout)
+        else:
+            make = functools.partial(_make_executor, configured)
+            self._core = ThreadCore(configured.engine, self._tokenizer, make, deliver, self._shutdown_timeout)
         self._finalizer = weakref.finalize(self, self._core.abandon)  # also at the interpreter's exit
         try:
             await self._ready
@@ -248,7 +251,7 @@ class AsyncLLM:
 
     async def shutdown(self) -> None:
         if self._state in ("starting", "ready"):
-            self._end(Failure.of(Shutdown("the engine has been shut down")), end_ranks(self._ranks))
+            self._end(Failure.of(Shutdown("the engine has been shut down")))
         self._finalizer.detach()
         await self._core.close(self._shutdown_timeout)
 
@@ -319,7 +322,7 @@ class AsyncLLM:
                 case Health():
                     self._answer_health(event.failure)
                 case Ended():
-                    self._end(event.failure, event.ranks or end_ranks(self._ranks))
+                    self._end(event.failure)
         self._changed()
 
     def _begin(self, event: Ready) -> None:
@@ -347,11 +350,11 @@ class AsyncLLM:
                 stream.fail(failure.error())
         self._admission.ended(ended)
 
-    def _end(self, failure: Failure, ranks: list[RankState]) -> None:
+    def _end(self, failure: Failure) -> None:
         """No more steps: what waits fails at once."""
         if self._failure is not None:
             return
-        self._failure, self._ranks = failure, ranks
+        self._failure, self._ranks = failure, ended_ranks(self._ranks, failure)
         self._state = "stopped" if failure.kind == "Shutdown" else "failed"
         for number, stream in list(self._streams.items()):
             self._forget(number, stream)

@@ -39,7 +39,7 @@ from lightvllm.engine.engine import LLMEngine, StepExecutor
 from lightvllm.engine.outputs import RequestOutput
 from lightvllm.engine.protocol import RankState
 from lightvllm.engine.tokenizer import Tokenizer
-from lightvllm.errors import LightvllmError, Shutdown, WorkerDied
+from lightvllm.errors import LightvllmError, Shutdown
 from lightvllm.messages import WorkerInfo
 
 
@@ -114,8 +114,7 @@ class EngineCore:
             executor = self._make_executor(lambda text: self._emit(Progress(text)))
         except BaseException as error:  # noqa: BLE001  an interrupt, too, is how a start ends
             _complain(error)
-            ended = Shutdown("the engine was ended while it was starting")
-            self._emit(Ended(Failure.of(ended if isinstance(error, KeyboardInterrupt) else error), []))
+            self._emit(Ended(Failure.of(error)))
             return
         try:
             engine = LLMEngine(self._config, executor, tokenizer=self._tokenizer)
@@ -128,7 +127,7 @@ class EngineCore:
             _complain(error)
             failure = error
         try:
-            self._emit(Ended(Failure.of(failure), rank_states(executor, self._config, failure)))
+            self._emit(Ended(Failure.of(failure)))
         finally:
             executor.shutdown()
 
@@ -222,33 +221,34 @@ class Outbox:
         return events
 
 
-def rank_states(executor: CoreExecutor, config: EngineConfig, failure: BaseException | None = None) -> list[RankState]:
-    """The workers, in rank order. After a failure the rank that died is dead, and the others are stopped."""
+def rank_states(executor: CoreExecutor, config: EngineConfig) -> list[RankState]:
+    """The workers, in rank order, all of them ready."""
     tp = config.parallel.tensor_parallel_size
-    states = []
-    for rank, (worker, info) in enumerate(zip(executor.workers, executor.worker_infos, strict=True)):
-        dead = isinstance(failure, WorkerDied) and failure.rank == rank
-        states.append(
-            RankState(
-                rank=rank,
-                tp_rank=rank % tp,
-                pp_rank=rank // tp,
-                worker=worker.id,
-                node=worker.node,
-                address=worker.address,
-                device=info.device,
-                pid=worker.pid,
-                parameter_bytes=info.parameter_bytes,
-                health="dead" if dead else "ready" if failure is None else "stopped",
-                reason=failure.reason if dead and isinstance(failure, WorkerDied) else "",
-            )
+    return [
+        RankState(
+            rank=rank,
+            tp_rank=rank % tp,
+            pp_rank=rank // tp,
+            worker=worker.id,
+            node=worker.node,
+            address=worker.address,
+            device=info.device,
+            pid=worker.pid,
+            parameter_bytes=info.parameter_bytes,
         )
-    return states
+        for rank, (worker, info) in enumerate(zip(executor.workers, executor.worker_infos, strict=True))
+    ]
 
 
-def end_ranks(ranks: Sequence[RankState]) -> list[RankState]:
-    """The same, stopped, unless dead."""
-    return [msgspec.structs.replace(r, health="stopped") if r.health == "ready" else r for r in ranks]
+def ended_ranks(ranks: Sequence[RankState], failure: Failure) -> list[RankState]:
+    """The same workers after the engine's end: dead is the one whose death was the failure, the others are stopped."""
+    died = failure.attributes if failure.kind == "WorkerDied" else {}
+    return [
+        msgspec.structs.replace(state, health="dead", reason=str(died["reason"]))
+        if died and state.rank == died["rank"]
+        else msgspec.structs.replace(state, health="stopped")
+        for state in ranks
+    ]
 
 
 def _complain(error: BaseException) -> None:

@@ -17,6 +17,9 @@ from lightvllm.engine.stats import EngineStats
 from lightvllm.errors import LightvllmError
 from lightvllm.sampling_params import SamplingParams
 
+MAX_FRAME_BYTES = 2**32
+"""Of one message between processes: more than all the text that may be under way."""
+
 # ----------------------------------------------------------------------------------------------- errors
 
 
@@ -29,7 +32,10 @@ class Failure(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """Anything that is not lightvllm's own is a defect, and becomes a LightvllmError that says so."""
+        """An interrupt becomes a Shutdown; anything else that is not lightvllm's own is a defect, and becomes a
+        LightvllmError that says so."""
+        if isinstance(error, KeyboardInterrupt):
+            return cls("Shutdown", "the engine was ended while it was starting")
         if not isinstance(error, LightvllmError):
             return cls("LightvllmError", f"internal error in the engine: {type(error).__name__}: {error}")
         return cls(type(error).__name__, str(error), dict(vars(error)))
@@ -183,11 +189,10 @@ class Health(msgspec.Struct, frozen=True, tag=True):
 class Ended(msgspec.Struct, frozen=True, tag=True):
     """The loop takes no more commands: a Shutdown that was asked for, a start that failed, or the engine's failure.
 
-    Said at once, before the workers that are left are ended. ``ranks`` is empty if there were none yet.
+    Said at once, before the workers that are left are ended.
     """
 
     failure: Failure
-    ranks: list[RankState]
 
 
 Event = Progress | Ready | Outputs | Health | Ended
