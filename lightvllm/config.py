@@ -245,10 +245,13 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         max_num_seqs: sequences in one step at most.
         max_num_batched_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks.
+        async_scheduling: plan and send a step while the one before runs, whose tokens are not known yet; None does so
+            where there is one pipeline stage. (Several stages have steps in flight anyway.)
     """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
+    async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -298,6 +301,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         self.parallel.check(self.model)
+        if self.scheduler.async_scheduling and self.parallel.pipeline_parallel_size > 1:
+            raise ConfigError(
+                f"async_scheduling=True with pipeline_parallel_size={self.parallel.pipeline_parallel_size}: several "
+                "stages have several steps in flight anyway; leave async_scheduling out, or use one stage"
+            )
+
+    @property
+    def async_scheduling(self) -> bool:
+        """Whether a step is planned before the tokens of the one before are known."""
+        if self.scheduler.async_scheduling is None:
+            return self.parallel.pipeline_parallel_size == 1
+        return self.scheduler.async_scheduling
 
 
 KubernetesTransport = Literal["auto", "grpc", "direct"]

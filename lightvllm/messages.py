@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 import io
+import itertools
 import pickle
 import sys
 import traceback
@@ -107,11 +108,16 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     stop_token_ids: list[int]  # tokens that may not be sampled before min_tokens
 
 
+SAMPLED_LAST = -1
+"""In ``ScheduledSequence.new_token_ids``: the token that the workers sampled last for this sequence."""
+
+
 class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     """One sequence's share of a step: compute positions ``start`` to ``start + count - 1``.
 
-    ``new_token_ids`` are appended to the worker's copy of the sequence first (the token sampled last);
-    ``new_block_ids`` to its block table. A token is sampled exactly when ``start + count`` is the sequence's length.
+    ``new_token_ids`` are appended to the worker's copy of the sequence first: the token sampled last, or
+    ``SAMPLED_LAST`` where the driver does not know it yet. ``new_block_ids`` go to its block table. A token is
+    sampled exactly when ``start + count`` is the sequence's length.
     """
 
     seq_id: int
@@ -169,6 +175,20 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: dict[int, TokenLogprobs] = {}  # by seq_id
     model_seconds: float = 0.0
     logits: Tensor | None = None
+
+    def only(self, wanted: Sequence[bool]) -> StepOutput:
+        """The same, of these sequences alone."""
+        seq_ids, logits = list(itertools.compress(self.seq_ids, wanted)), self.logits
+        if logits is not None:
+            rows = logits.numpy()[list(wanted)]
+            logits = Tensor(logits.dtype, list(rows.shape), rows.tobytes())
+        return msgspec.structs.replace(
+            self,
+            seq_ids=seq_ids,
+            token_ids=list(itertools.compress(self.token_ids, wanted)),
+            logprobs={seq_id: found for seq_id, found in self.logprobs.items() if seq_id in seq_ids},
+            logits=logits,
+        )
 
 
 # ---------------------------------------------------------------------------------------------- encoding

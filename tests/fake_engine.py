@@ -25,6 +25,7 @@ def engine(
     num_kv_blocks: int = 64,
     depth: int = 1,
     seed: int = 0,
+    async_scheduling: bool = False,
     **options: Any,
 ) -> tuple[LLMEngine, FakeExecutor]:
     vocab_size = 266
@@ -49,7 +50,9 @@ def engine(
     config = EngineConfig(
         model=model,
         cache=CacheConfig(block_size=4, enable_prefix_caching=caching),
-        scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
+        scheduler=SchedulerConfig(
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, async_scheduling=async_scheduling
+        ),
         seed=seed,
     )
     executor = FakeExecutor(
@@ -60,6 +63,7 @@ def engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         vocab_size=vocab_size,
+        lookahead=async_scheduling,
     )
     return LLMEngine(config, executor, tokenizer=tokenizer, **options), executor
 

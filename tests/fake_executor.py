@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from lightvllm.errors import Shutdown
-from lightvllm.messages import NewSequence, StepInput, StepOutput, TokenLogprobs
+from lightvllm.messages import SAMPLED_LAST, NewSequence, StepInput, StepOutput, TokenLogprobs
 
 NextToken = Callable[[Sequence[int], int], int]
 """``(all tokens so far, seed) -> the next one``."""
@@ -53,11 +54,12 @@ def chain(token_ids: Sequence[int]) -> list[bytes]:
 
 @dataclass
 class WorkerSequence:
-    """A worker's copy of a sequence."""
+    """A worker's copy of a sequence. ``sampled_last`` is a token that the driver has not said anything of yet."""
 
     new: NewSequence
     token_ids: list[int]
     block_table: list[int] = field(default_factory=list)
+    sampled_last: int | None = None
 
 
 class FakeExecutor:
@@ -69,11 +71,13 @@ class FakeExecutor:
         max_concurrent_batches: steps that the engine may have in flight.
         max_num_seqs, max_num_batched_tokens: limits that a step is checked against, if given.
         vocab_size: only for the log-probabilities it makes up.
+        lookahead: a sequence may be in two steps in flight; None allows it where ``max_concurrent_batches`` is 1. A token
+            that the driver cannot know yet must be named by ``SAMPLED_LAST``, and one that it can know must not.
 
     Attributes:
         steps: every StepInput seen.
         sequences: what the worker knows now, by seq_id.
-        fail_at: step number -> exception that it fails with.
+        fail_at: step number -> exception that it, and every later one, fails with.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class FakeExecutor:
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         vocab_size: int = 256,
+        lookahead: bool | None = None,
     ) -> None:
         self.next_token = next_token
         self.num_kv_blocks = num_kv_blocks
@@ -94,24 +99,29 @@ class FakeExecutor:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.vocab_size = vocab_size
+        self.lookahead = max_concurrent_batches == 1 if lookahead is None else lookahead
         self.step_timeout = 10.0
         self.steps: list[StepInput] = []
         self.sequences: dict[int, WorkerSequence] = {}
         self.fail_at: dict[int, Exception] = {}
         self.num_shutdowns = 0
         self._slots: dict[int, bytes] = {}
-        self._unanswered: set[int] = set()  # sequences of steps whose result was not fetched yet
+        self._unanswered: Counter[int] = Counter()  # steps whose result was not fetched yet, by sequence
 
     def execute_model(self, scheduler_output: StepInput, non_block: bool = False) -> Future[StepOutput]:
         """Executed at once, as its place in the order is all that matters; the message goes through its encoding."""
         assert non_block, "the engine always asks for a future"
+        for row in scheduler_output.scheduled:
+            pending = bool(self._unanswered[row.seq_id]) and self.sequences[row.seq_id].sampled_last is not None
+            assert row.new_token_ids.count(SAMPLED_LAST) == pending, "what the driver can know, and no more, it says"
         future: Future[StepOutput] = _Answer(self, [row.seq_id for row in scheduler_output.scheduled])
         if self.num_shutdowns:
             raise Shutdown("the executor has been shut down")
         step_input = msgspec.msgpack.decode(msgspec.msgpack.encode(scheduler_output), type=StepInput)
         self.steps.append(step_input)
-        if step_input.step in self.fail_at:
-            future.set_exception(self.fail_at[step_input.step])
+        failure = next((error for step, error in self.fail_at.items() if step <= step_input.step), None)
+        if failure is not None:
+            future.set_exception(failure)
         else:
             future.set_result(self._run(step_input))
         return future
@@ -139,7 +149,13 @@ class FakeExecutor:
         chains: dict[int, list[bytes]] = {}
         for row in step.scheduled:
             seq = self.sequences[row.seq_id]
-            seq.token_ids += row.new_token_ids
+            if row.new_token_ids:
+                assert len(row.new_token_ids) == 1, "of a sequence that is known, only the token sampled last is new"
+                assert row.new_token_ids[0] in (SAMPLED_LAST, seq.sampled_last)
+                assert seq.sampled_last is not None
+                seq.token_ids.append(seq.sampled_last)
+                seq.sampled_last = None
+            assert seq.sampled_last is None, "a row that takes no notice of the token sampled before"
             seq.block_table += row.new_block_ids
             assert row.count >= 1
             assert row.start + row.count <= len(seq.token_ids)
@@ -154,7 +170,7 @@ class FakeExecutor:
             held = [self._slots.get(self._slot(seq, position)) for position in range(end)]
             assert held == chains[row.seq_id][:end], f"the cache of sequence {row.seq_id} holds another's keys"
             if end == len(seq.token_ids):
-                token_id = self.next_token(seq.token_ids, seq.new.seed)
+                token_id = seq.sampled_last = self.next_token(seq.token_ids, seq.new.seed)
                 seq_ids.append(row.seq_id)
                 token_ids.append(token_id)
                 if seq.new.sampling.logprobs is not None:
@@ -176,11 +192,12 @@ class _Answer(Future[StepOutput]):
 
     def __init__(self, executor: FakeExecutor, seq_ids: list[int]) -> None:
         super().__init__()
-        assert not executor._unanswered & set(seq_ids), "a sequence was scheduled while it was in flight"
-        executor._unanswered |= set(seq_ids)
+        executor._unanswered.update(seq_ids)
+        most = 2 if executor.lookahead else 1
+        assert all(executor._unanswered[seq_id] <= most for seq_id in seq_ids), "scheduled while it was in flight"
         self._executor, self._seq_ids = executor, seq_ids
 
     def result(self, timeout: float | None = None) -> StepOutput:
         assert timeout is not None, "whatever waits has a time-out"
-        self._executor._unanswered -= set(self._seq_ids)
+        self._executor._unanswered.subtract(self._seq_ids)
         return super().result(timeout)

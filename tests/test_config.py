@@ -139,6 +139,17 @@ def test_refused_settings(make: Any, message: str) -> None:
         make()
 
 
+def test_scheduling_is_asynchronous_where_there_is_one_stage(tmp_path: Path) -> None:
+    def config(stages: int, asked: bool | None) -> EngineConfig:
+        parallel = ParallelConfig(pipeline_parallel_size=stages)
+        return EngineConfig(model=model(tmp_path), parallel=parallel, scheduler=SchedulerConfig(async_scheduling=asked))
+
+    found = [config(*given).async_scheduling for given in ((1, None), (1, True), (1, False), (2, None), (2, False))]
+    assert found == [True, True, False, False, False]
+    with pytest.raises(ConfigError, match=r"async_scheduling=True with pipeline_parallel_size=2: .*leave .* out"):
+        config(2, True)
+
+
 def test_crosses_the_wire_unchanged(tmp_path: Path) -> None:
     config = EngineConfig(model=model(tmp_path), parallel=ParallelConfig(pipeline_parallel_size=2), seed=5)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config

@@ -96,6 +96,7 @@ def test_every_option_reaches_its_configuration(folder: Path, made: Made) -> Non
         enable_prefix_caching=False,
         max_num_seqs=5,
         max_num_batched_tokens=77,
+        async_scheduling=False,
         device="cpu",
         threads=3,
         attention_backend="naive",
@@ -118,6 +119,7 @@ def test_every_option_reaches_its_configuration(folder: Path, made: Made) -> Non
     assert (engine.cache.block_size, engine.cache.num_blocks, engine.cache.memory_bytes) == (8, 99, 3 * 2**19)
     assert (engine.cache.enable_prefix_caching, engine.seed, engine.return_logits) == (False, 4, True)
     assert (engine.scheduler.max_num_seqs, engine.scheduler.max_num_batched_tokens) == (5, 77)
+    assert engine.scheduler.async_scheduling is False
     assert (engine.device.device, engine.device.threads, engine.device.attention_backend) == ("cpu", 3, "naive")
     assert (engine.device.kernels, engine.device.gpu_memory_utilization) == ("reference", 0.5)
     assert (executor.name, executor.k8s_workers, executor.k8s_token_file) == ("k8s", ("a:1", "b:2"), "token")

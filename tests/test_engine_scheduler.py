@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from lightvllm.config import SchedulerConfig
 from lightvllm.engine.scheduler import ScheduledBatch, Scheduler
 from lightvllm.engine.sequence import Sequence, SequenceStatus
-from lightvllm.messages import StepInput, StepOutput
+from lightvllm.messages import SAMPLED_LAST, StepInput, StepOutput
 from lightvllm.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
 
 
-def sequence(seq_id: int, token_ids: ListOf[int]) -> Sequence:
+def sequence(seq_id: int, token_ids: ListOf[int], priority: int = 0, max_len: int = 10_000) -> Sequence:
     return Sequence(
         seq_id=seq_id,
         request_id=str(seq_id),
@@ -34,6 +34,8 @@ def sequence(seq_id: int, token_ids: ListOf[int]) -> Sequence:
         prompt_len=len(token_ids),
         seed=seq_id,
         sampling=GREEDY,
+        priority=priority,
+        max_len=max_len,
     )
 
 
@@ -44,13 +46,15 @@ def scheduler(
     budget: int = 32,
     caching: bool = True,
     max_in_flight: int = 1,
+    lookahead: bool = False,
 ) -> Scheduler:
     return Scheduler(
         SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
         num_blocks=num_blocks,
         block_size=block_size,
         enable_prefix_caching=caching,
-        max_in_flight=max_in_flight,
+        max_in_flight=2 if lookahead else max_in_flight,
+        lookahead=lookahead,
     )
 
 
@@ -232,7 +236,7 @@ def test_a_sequence_in_flight_is_not_preempted_but_waited_for() -> None:
             break
         in_flight.append(batch)
     assert len(old.token_ids) == 9, "it needs a third block"
-    assert young.in_flight
+    assert young.num_in_flight == 1
     assert s.blocks.num_free == 0
     (last,) = in_flight
     assert last is not None
@@ -273,12 +277,113 @@ def test_an_abort_while_waiting_is_nothing_to_the_workers() -> None:
     assert s.waiting == []
 
 
+# ----------------------------------------------------------------------------------- asynchronous scheduling
+
+
+def ahead(s: Scheduler) -> ScheduledBatch:
+    batch = s.schedule()
+    assert batch is not None
+    return batch
+
+
+def test_a_sequence_is_scheduled_for_the_token_that_is_being_sampled() -> None:
+    s = scheduler(lookahead=True)
+    seq = sequence(0, [1, 2, 3, 4])
+    s.add(seq)
+    first, second = ahead(s), ahead(s)
+    assert [rows(b) for b in (first, second)] == [[(0, 0, 4)], [(0, 4, 1)]]
+    assert second.step_input.scheduled[0].new_token_ids == [SAMPLED_LAST]
+    assert second.step_input.scheduled[0].new_block_ids == [1]
+    s.update(first, [7])
+    assert (seq.token_ids, seq.num_pending, seq.num_in_flight) == ([1, 2, 3, 4, 7], 1, 1)
+    third = ahead(s)
+    assert (rows(third), third.step_input.scheduled[0].new_token_ids) == ([(0, 5, 1)], [SAMPLED_LAST])
+    s.update(second, [8])
+    s.update(third, [9])
+    fourth = ahead(s)
+    assert (rows(fourth), fourth.step_input.scheduled[0].new_token_ids) == ([(0, 6, 1)], [9]), "known: it is said"
+    assert seq.token_ids == [1, 2, 3, 4, 7, 8, 9]
+
+
+def test_the_chunks_of_a_prompt_follow_each_other_without_waiting() -> None:
+    s = scheduler(lookahead=True, budget=8)
+    s.add(sequence(0, range(1, 15)))
+    first, second = ahead(s), ahead(s)
+    assert [rows(b) for b in (first, second)] == [[(0, 0, 8)], [(0, 8, 6)]]
+    assert [len(b.sampled) for b in (first, second)] == [0, 1]
+
+
+def test_no_row_is_wasted_behind_an_end_that_can_be_foreseen() -> None:
+    s = scheduler(lookahead=True)
+    short, long = sequence(0, [1, 2], max_len=4), sequence(1, [3], max_len=9)
+    s.add(short)
+    s.add(long)
+    first, second = ahead(s), ahead(s)
+    assert rows(second) == [(0, 2, 1), (1, 1, 1)]
+    s.update(first, [7, 7])
+    assert rows(ahead(s)) == [(1, 2, 1)]
+
+
+def test_a_row_behind_an_end_that_was_found_late_is_dropped() -> None:
+    s = scheduler(lookahead=True, num_blocks=2)
+    seq, other = sequence(0, [1, 2, 3]), sequence(1, range(11, 18))
+    s.add(seq)
+    s.add(other)
+    first, second = ahead(s), ahead(s)
+    assert [rows(b) for b in (first, second)] == [[(0, 0, 3)], [(0, 3, 1)]]
+    assert s.update(first, [7]) == [seq]
+    s.finish(seq)
+    third = ahead(s)
+    assert (rows(third), third.step_input.finished) == ([(1, 0, 7)], [0]), "its blocks go to a later batch"
+    assert s.update(second, [9]) == []
+    assert seq.token_ids == [1, 2, 3, 7]
+    assert s.update(third, [9]) == [other]
+
+
+def test_a_block_with_a_pending_token_is_shared_when_the_token_is_known() -> None:
+    s = scheduler(lookahead=True)
+    seq = sequence(0, [1, 2, 3])
+    s.add(seq)
+    first, second = ahead(s), ahead(s)  # the second one fills the block
+    s.update(first, [4])
+    s.add(sequence(1, [1, 2, 3, 4, 5]))
+    third = ahead(s)
+    assert rows(third) == [(0, 4, 1), (1, 4, 1)], "the first block is known, and being computed"
+    s.update(second, [7])
+    s.update(third, [7, 7])
+
+    s = scheduler(lookahead=True)
+    s.add(sequence(0, [1, 2, 3]))
+    ahead(s)
+    ahead(s)
+    s.add(sequence(1, [1, 2, 3, 4, 5]))
+    assert s.blocks.match(s.waiting[0].hashes(1, 4)) == []
+
+
+def test_when_all_are_in_flight_nobody_is_preempted_but_waited_for() -> None:
+    s = scheduler(lookahead=True, num_blocks=3, block_size=2, caching=False)
+    old, young = sequence(0, [1, 2]), sequence(1, [3])
+    s.add(old)
+    s.add(young)
+    first = ahead(s)
+    second = ahead(s)  # the old one takes the last block
+    assert s.blocks.num_free == 0
+    s.update(first, [7, 7])
+    assert rows(second) == [(0, 2, 1), (1, 1, 1)]
+    third = ahead(s)
+    assert rows(third) == [(0, 3, 1)], "the young one needs a block, and nobody behind it has one"
+    s.update(second, [7, 7])
+    fourth = ahead(s)
+    assert (rows(fourth), fourth.step_input.finished, young.num_preemptions) == ([(0, 4, 1)], [1], 1)
+
+
 # ------------------------------------------------------------------------------------------- properties
 
 
 @dataclass
 class Plan:
-    """A random run: limits, arrivals (prompt, tokens to generate), and what happens between the steps."""
+    """A random run: limits, arrivals (prompt, tokens to generate, whether the last one is known beforehand, priority),
+    and what happens between the steps."""
 
     num_blocks: int
     block_size: int
@@ -286,7 +391,8 @@ class Plan:
     budget: int
     caching: bool
     depth: int
-    arrivals: list[tuple[list[int], int]]
+    lookahead: bool
+    arrivals: list[tuple[list[int], int, bool, int]]
     events: list[tuple[str, int]]
 
 
@@ -298,14 +404,17 @@ def plans(draw: st.DrawFn) -> Plan:
     max_num_seqs = draw(st.integers(1, 5))
     # Few different tokens, so that prefixes are often equal.
     prompt = st.lists(st.integers(0, 1), min_size=1, max_size=min(capacity, 14))
+    arrival = st.tuples(prompt, st.integers(1, 12), st.booleans(), st.integers(-1, 1))
+    lookahead = draw(st.booleans())
     return Plan(
         num_blocks=num_blocks,
         block_size=block_size,
         max_num_seqs=max_num_seqs,
         budget=draw(st.integers(max_num_seqs, 12)),
         caching=draw(st.booleans()),
-        depth=draw(st.integers(1, 3)),
-        arrivals=draw(st.lists(st.tuples(prompt, st.integers(1, 12)), min_size=1, max_size=8)),
+        depth=2 if lookahead else draw(st.integers(1, 3)),
+        lookahead=lookahead,
+        arrivals=draw(st.lists(arrival, min_size=1, max_size=8)),
         events=draw(
             st.lists(st.tuples(st.sampled_from(["add", "step", "step", "update", "abort"]), st.integers(0, 9)))
         ),
@@ -319,7 +428,7 @@ class Run:
         self.plan = plan
         self.next_token = scrambled(2)
         self.scheduler = scheduler(
-            plan.num_blocks, plan.block_size, plan.max_num_seqs, plan.budget, plan.caching, plan.depth
+            plan.num_blocks, plan.block_size, plan.max_num_seqs, plan.budget, plan.caching, plan.depth, plan.lookahead
         )
         self.executor = FakeExecutor(
             self.next_token,
@@ -327,6 +436,7 @@ class Run:
             block_size=plan.block_size,
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.budget,
+            lookahead=plan.lookahead,
         )
         self.arrivals = deque(enumerate(plan.arrivals))
         self.sequences: list[Sequence] = []
@@ -335,8 +445,10 @@ class Run:
 
     def add(self, _: int = 0) -> None:
         if self.arrivals:
-            seq_id, (prompt, _tokens) = self.arrivals.popleft()
-            self.sequences.append(sequence(seq_id, prompt))
+            seq_id, (prompt, tokens, foreseen, priority) = self.arrivals.popleft()
+            longest = self.scheduler.max_tokens + 1
+            max_len = min(len(prompt) + tokens, longest) if foreseen else longest
+            self.sequences.append(sequence(seq_id, prompt, priority, max_len))
             self.scheduler.add(self.sequences[-1])
 
     def step(self, _: int = 0) -> None:
@@ -385,6 +497,11 @@ class Run:
         assert all(not seq.block_table for seq in self.sequences if seq.status is not SequenceStatus.RUNNING)
         assert len(s.running) <= self.plan.max_num_seqs
         assert {*s.running, *s.waiting} == set(self.unfinished())
+        assert [seq.order for seq in s.running] == sorted(seq.order for seq in s.running)
+        assert [seq.order for seq in s.waiting] == sorted(seq.order for seq in s.waiting)
+        assert all(seq.length <= seq.max_len for seq in s.running), "no row behind an end that was foreseen"
+        if not self.in_flight:
+            assert not any(seq.num_in_flight or seq.num_pending for seq in self.unfinished())
 
     def unwritten(self, seq: Sequence) -> range:
         return range(seq.num_computed_tokens // self.plan.block_size, len(seq.block_table))
@@ -411,7 +528,7 @@ class Run:
     def check_tokens(self) -> None:
         """Whatever happened on the way, the tokens are those that the sequence alone would have got."""
         for seq in self.sequences:
-            prompt, wanted = self.plan.arrivals[seq.seq_id]
+            prompt, wanted, _, _ = self.plan.arrivals[seq.seq_id]
             alone = list(prompt)
             while len(alone) < len(seq.token_ids):
                 alone.append(self.next_token(alone, seq.seed))
@@ -450,3 +567,18 @@ def test_the_fake_worker_notices_a_block_table_that_lies() -> None:
     batch.step_input.scheduled[0].new_block_ids.pop()
     with pytest.raises(AssertionError):
         FakeExecutor(scrambled(2)).execute_model(batch.step_input, non_block=True)
+
+
+@pytest.mark.parametrize("told", [[SAMPLED_LAST], [6]])
+def test_the_fake_worker_notices_a_token_that_is_named_wrongly(told: list[int]) -> None:
+    s = scheduler()
+    s.add(sequence(0, range(1, 8)))
+    executor = FakeExecutor(lambda tokens, seed: 7)
+    batch = ahead(s)
+    assert executor.execute_model(batch.step_input, non_block=True).result(0).token_ids == [7]
+    s.update(batch, [7])
+    batch = ahead(s)
+    assert batch.step_input.scheduled[0].new_token_ids == [7]
+    batch.step_input.scheduled[0].new_token_ids[:] = told
+    with pytest.raises(AssertionError):
+        executor.execute_model(batch.step_input, non_block=True)

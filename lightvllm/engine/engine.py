@@ -3,8 +3,10 @@
 It owns every request's state and drives an executor, of which it knows no more than ``StepExecutor``. Knows no
 torch, no worker and no orchestrator. Not thread-safe: one thread calls it.
 
-Up to ``executor.max_concurrent_batches`` steps are in flight. ``step`` fills the pipeline, then waits for the oldest
-step and no other: what is scheduled when never depends on timing, so equal requests give equal batches.
+Up to ``executor.max_concurrent_batches`` steps are in flight; with asynchronous scheduling two, the second of which is
+planned before the tokens of the first are known. ``step`` fills the pipeline, then waits for the oldest step and no
+other: what is scheduled when never depends on timing (but for requests that bring a time-out), so equal requests give
+equal batches.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ class LLMEngine:
         executor: ready for its first step; the engine shuts it down.
         tokenizer: None if only token ids go in and out (then there is no text and there are no stop strings).
         on_step: called after each step, before its tokens are taken in; with ``config.return_logits`` it sees the
-            logits.
+            logits. Rows sampled for sequences that have ended meanwhile are left out.
 
     Attributes:
         timings: of the latest steps.
@@ -101,12 +103,16 @@ class LLMEngine:
         self.executor = executor
         self.tokenizer = tokenizer
         self.on_step = on_step
+        depth = executor.max_concurrent_batches
+        lookahead = config.async_scheduling and depth == 1
+        self._depth = 2 if lookahead else depth
         self.scheduler = Scheduler(
             config.scheduler,
             num_blocks=executor.num_kv_blocks,
             block_size=config.cache.block_size,
             enable_prefix_caching=config.cache.enable_prefix_caching,
-            max_in_flight=executor.max_concurrent_batches,
+            max_in_flight=self._depth,
+            lookahead=lookahead,
         )
         self.timings: deque[StepTiming] = deque(maxlen=MAX_TIMINGS)
         # A token beyond the cache can still be sampled, but nothing after it: such a sequence ends there.
@@ -258,7 +264,7 @@ class LLMEngine:
 
     def _fill(self) -> None:
         """Plan and send steps until as many are in flight as there may be, or nothing more can be planned."""
-        while len(self._in_flight) < self.executor.max_concurrent_batches:
+        while len(self._in_flight) < self._depth:
             planned = time.perf_counter()
             batch = self.scheduler.schedule()
             if batch is None:
@@ -278,8 +284,13 @@ class LLMEngine:
     def _finish_step(self, step: _InFlight, output: StepOutput, started: float) -> list[RequestOutput]:
         """Take in a step's result, and account for it; ``started`` is when the call of ``step`` was made."""
         replied, batch = time.perf_counter(), step.batch
+        self._check_answer(batch, output)
         if self.on_step is not None:
-            self.on_step(batch.step_input, output, batch)
+            alive = [not seq.is_finished for seq in batch.sampled]
+            if all(alive):
+                self.on_step(batch.step_input, output, batch)
+            else:
+                self.on_step(batch.step_input, output.only(alive), batch.only(alive))
         outputs = self._postprocess(batch, output)
         ended = time.perf_counter()
         self._clock.add(step.planned, step.sent, replied, ended, output.model_seconds)
@@ -290,13 +301,16 @@ class LLMEngine:
         )
         return outputs
 
-    def _postprocess(self, batch: ScheduledBatch, output: StepOutput) -> list[RequestOutput]:
+    @staticmethod
+    def _check_answer(batch: ScheduledBatch, output: StepOutput) -> None:
         expected = [seq.seq_id for seq in batch.sampled]
         if (output.step, output.seq_ids) != (batch.step_input.step, expected):
             raise LightvllmError(
                 f"the executor answered step {output.step} for sequences {output.seq_ids}; expected step "
                 f"{batch.step_input.step} for {expected}; do driver and workers run the same lightvllm?"
             )
+
+    def _postprocess(self, batch: ScheduledBatch, output: StepOutput) -> list[RequestOutput]:
         now = time.monotonic()
         changed: dict[str, Request] = {}
         alive = self.scheduler.update(batch, output.token_ids)

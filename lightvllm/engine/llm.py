@@ -45,6 +45,8 @@ class LLM:
         enable_prefix_caching: compute equal beginnings of prompts once.
         max_num_seqs: sequences that run at a time.
         max_num_batched_tokens: tokens computed in one step; longer prompts are prefilled in chunks.
+        async_scheduling: plan and send each step while the one before runs; None does so where there is one pipeline
+            stage.
         device, threads, attention_backend, kernels, gpu_memory_utilization: see ``DeviceConfig``.
         seed: of the random numbers of requests that bring no seed of their own.
         return_logits: have the workers send each step's logits, for ``on_step``.
@@ -77,6 +79,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
+        async_scheduling: bool | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         threads: int = 0,
         attention_backend: Literal["auto", "naive", "sdpa", "paged"] = "auto",

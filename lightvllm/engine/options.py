@@ -62,6 +62,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
+    async_scheduling: bool | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     attention_backend: Literal["auto", "naive", "sdpa", "paged"] = "auto"
@@ -124,7 +125,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
                 enable_prefix_caching=self.enable_prefix_caching,
             ),
             scheduler=SchedulerConfig(
-                max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                async_scheduling=self.async_scheduling,
             ),
             device=DeviceConfig(
                 device=self.device,

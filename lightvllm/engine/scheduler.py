@@ -12,15 +12,27 @@ Pure: it knows no model, no executor and no time, and the same calls in the same
 * **Preemption by recompute.** When a running sequence needs a block and none is free, the last one in the
   order gives up its blocks and waits again; its tokens stay, and are computed anew (or found in the prefix cache).
 
-Several batches may be in flight (``max_in_flight``, the pipeline's depth). What makes that safe:
+Several batches may be in flight. What makes that safe:
 
 * Every worker executes the batches in the order in which they were scheduled. So blocks that a batch in flight
   still uses may be given to a *later* batch at once, and a prefix may be shared as soon as the batch that computes
   it is scheduled: whoever reads it comes later in the order. (Inside one batch, a layer writes the keys and values
   of all rows before any row attends to them.)
-* A sequence in flight is neither scheduled nor preempted until its batch has been updated. It can be aborted; its
-  token is then dropped.
-* A batch takes at most its share of the sequences, so that the others can fill the other pipeline stages.
+* A sequence in flight is not preempted until all its batches have been updated. It can be aborted; its tokens in
+  flight are then dropped when they come.
+
+With ``max_in_flight`` alone (the depth of a pipeline), a sequence in flight is not scheduled either, and a batch takes
+at most its share of the sequences, so that the others can fill the other stages. With ``lookahead`` (asynchronous
+scheduling) a sequence in flight is scheduled on:
+
+* While the token that a batch in flight samples is *pending*, the sequence may be scheduled for that very token, by
+  ``messages.SAMPLED_LAST`` in its place: the workers know it. At most one token is pending when a batch is planned.
+* An end that can be foreseen (``Sequence.max_len``) is: no row is wasted behind it. One that depends on the token (end
+  of sequence, stop token or string) is found late; the row in flight behind it is computed in vain and dropped, as
+  after an abort.
+* A block with a pending token in it is registered in the prefix cache when the token is known, not before.
+* When nobody can be preempted, because all are in flight, a sequence without a block is left out of the batch, and
+  with it those behind it, until a batch has been updated.
 
 What the workers are told: a sequence is in ``StepInput.new`` exactly when they do not know it, and in
 ``StepInput.finished`` exactly once for each time that they knew it and shall no longer (finished or preempted).
@@ -30,12 +42,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 
 from lightvllm.config import SchedulerConfig
 from lightvllm.engine.block_manager import BlockManager
 from lightvllm.engine.sequence import Sequence, SequenceStatus
-from lightvllm.messages import NewSequence, ScheduledSequence, StepInput
+from lightvllm.messages import SAMPLED_LAST, NewSequence, ScheduledSequence, StepInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +69,10 @@ class ScheduledBatch:
     num_tokens: int
     num_prompt_tokens: int
 
+    def only(self, wanted: ListOf[bool]) -> ScheduledBatch:
+        """The same, as if only these of ``sampled`` had been."""
+        return replace(self, sampled=list(compress(self.sampled, wanted)))
+
 
 def _order(seq: Sequence) -> tuple[int, int]:
     return seq.order
@@ -74,6 +91,7 @@ class Scheduler:
         block_size: tokens per block.
         enable_prefix_caching: share full blocks of equal prefixes.
         max_in_flight: batches that may be scheduled before the first of them is updated.
+        lookahead: sequences in flight are scheduled on; ``max_in_flight`` must be 2.
 
     Attributes:
         num_preemptions, num_queried_tokens, num_cached_tokens: so far; the latter two count the tokens of sequences
@@ -88,11 +106,14 @@ class Scheduler:
         block_size: int,
         enable_prefix_caching: bool = True,
         max_in_flight: int = 1,
+        lookahead: bool = False,
     ) -> None:
+        assert max_in_flight == 2 or not lookahead, "of each sequence, only the token sampled last can be named"
         self.config = config
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.max_in_flight = max_in_flight
+        self.lookahead = lookahead
         self.blocks = BlockManager(num_blocks)
         self.waiting: list[Sequence] = []  # both in the sequences' order
         self.running: list[Sequence] = []
@@ -120,7 +141,7 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         num_prompt_tokens = 0
         unfinished = min(len(self.running) + len(self.waiting), self.config.max_num_seqs)
-        max_rows = -(-unfinished // self.max_in_flight)
+        max_rows = unfinished if self.lookahead else -(-unfinished // self.max_in_flight)
         new: list[NewSequence] = []
         rows: list[ScheduledSequence] = []
         sequences: list[Sequence] = []
@@ -128,7 +149,7 @@ class Scheduler:
 
         def take(seq: Sequence) -> None:
             nonlocal budget, num_prompt_tokens
-            start, length = seq.num_computed_tokens, len(seq.token_ids)
+            start, known, length = seq.num_computed_tokens, len(seq.token_ids), seq.length
             count = min(length - start, budget)
             budget -= count
             if start < seq.prompt_len:
@@ -138,23 +159,25 @@ class Scheduler:
                     seq.seq_id,
                     start,
                     count,
-                    seq.token_ids[seq.num_sent_tokens :],
+                    seq.token_ids[seq.num_sent_tokens :] + [SAMPLED_LAST] * (length - max(known, seq.num_sent_tokens)),
                     seq.block_table[seq.num_sent_blocks :],
                 )
             )
             sequences.append(seq)
             if start + count == length:
                 sampled.append(seq)
+                seq.num_pending += 1
             seq.num_sent_tokens, seq.num_sent_blocks = length, len(seq.block_table)
             seq.num_computed_tokens = start + count
-            seq.in_flight = True
-            if self.enable_prefix_caching:
-                self._register(seq, start)
+            seq.num_in_flight += 1
+            self._register(seq)
 
         for seq in self.running.copy():
             if len(rows) == max_rows or not budget:
                 break
-            if seq.in_flight or seq.status is not SequenceStatus.RUNNING:  # the latter: preempted a moment ago
+            if seq.status is not SequenceStatus.RUNNING:  # preempted a moment ago
+                continue
+            if seq.num_in_flight and not (self.lookahead and seq.length < seq.max_len):
                 continue
             if not self._grow(seq):
                 break  # no block is free: nobody can be admitted below
@@ -182,14 +205,16 @@ class Scheduler:
     def update(self, batch: ScheduledBatch, token_ids: ListOf[int]) -> list[Sequence]:
         """Append the tokens sampled for ``batch.sampled``; batches are updated in the order they were scheduled in.
 
-        Returns the sequences that got a token: all of ``batch.sampled`` but those that were aborted meanwhile.
+        Returns the sequences that got a token: all of ``batch.sampled`` but those that have ended meanwhile.
         """
         for seq in batch.sequences:
-            seq.in_flight = False
+            seq.num_in_flight -= 1
         alive = []
         for seq, token_id in zip(batch.sampled, token_ids, strict=True):
+            seq.num_pending -= 1
             if not seq.is_finished:
                 seq.token_ids.append(token_id)
+                self._register(seq)  # the token may already be computed in a later batch, and fill a block
                 alive.append(seq)
         return alive
 
@@ -211,6 +236,7 @@ class Scheduler:
             return False
         seq.block_table = self.blocks.acquire(cached, missing)
         seq.num_computed_tokens = len(cached) * size
+        seq.num_registered_blocks = len(cached)
         if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = seq.num_computed_tokens
             self.num_queried_tokens += length if self.enable_prefix_caching else 0
@@ -226,12 +252,12 @@ class Scheduler:
         False if what is missing is held by sequences before it or in flight: it keeps what it has, and
         waits for them.
         """
-        missing = -(-len(seq.token_ids) // self.block_size) - len(seq.block_table)
+        missing = -(-seq.length // self.block_size) - len(seq.block_table)
         if missing <= 0:
             return True
         while self.blocks.num_free < missing:
-            last = next(s for s in reversed(self.running) if not s.in_flight)
-            if last is seq:
+            last = next((s for s in reversed(self.running) if not s.num_in_flight), seq)
+            if last.order <= seq.order:
                 return False
             self._evict(last)
             last.num_preemptions += 1
@@ -246,12 +272,13 @@ class Scheduler:
         _remove(self.running, seq)
         self.blocks.release(seq.block_table)
         seq.block_table = []
-        seq.num_computed_tokens = seq.num_sent_tokens = seq.num_sent_blocks = 0
+        seq.num_computed_tokens = seq.num_sent_tokens = seq.num_sent_blocks = seq.num_registered_blocks = 0
         self._forget.append(seq.seq_id)
 
-    def _register(self, seq: Sequence, start: int) -> None:
-        """Make the blocks findable that are filled by the tokens from ``start`` on, now scheduled."""
-        first, end = start // self.block_size, seq.num_computed_tokens // self.block_size
-        if first < end:
+    def _register(self, seq: Sequence) -> None:
+        """Make the blocks findable whose tokens are all scheduled, and known."""
+        first, end = seq.num_registered_blocks, min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
+        if first < end and self.enable_prefix_caching:
             for index, digest in enumerate(seq.hashes(end, self.block_size)[first:], first):
                 self.blocks.register(seq.block_table[index], digest)
+            seq.num_registered_blocks = end

@@ -37,9 +37,12 @@ class Sequence:
         finish_reason: ``"stop"`` (end-of-sequence, stop token or stop string), ``"length"``, ``"abort"`` or
             ``"timeout"`` (the request's own time-out).
         stop_reason: the stop token or stop string that ended it; None for the end-of-sequence token, as in vLLM.
-        in_flight: it is in a batch whose result has not been seen yet.
+        num_in_flight: batches that it is in and whose result has not been seen yet.
+        num_pending: tokens that these will add: sampled, but not yet known here.
         num_computed_tokens: tokens whose keys and values are in the cache, those in flight included.
-        num_sent_tokens, num_sent_blocks: how much of ``token_ids`` and ``block_table`` the workers were told.
+        num_sent_tokens, num_sent_blocks: how much of ``token_ids`` (pending ones included, by placeholder) and
+            ``block_table`` the workers were told.
+        num_registered_blocks: how many of its blocks the prefix cache has been told of, or has given.
         num_cached_tokens: prompt tokens found in the prefix cache when it was first admitted; -1 before.
         block_hashes: hashes of its full blocks, as far as computed.
     """
@@ -56,10 +59,12 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     status: SequenceStatus = SequenceStatus.WAITING
-    in_flight: bool = False
+    num_in_flight: int = 0
+    num_pending: int = 0
     num_computed_tokens: int = 0
     num_sent_tokens: int = 0
     num_sent_blocks: int = 0
+    num_registered_blocks: int = 0
     num_cached_tokens: int = -1
     num_preemptions: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -69,6 +74,11 @@ class Sequence:
     def order(self) -> tuple[int, int]:
         """Its place among all sequences: the lowest goes first, the highest is preempted first."""
         return self.priority, self.seq_id
+
+    @property
+    def length(self) -> int:
+        """Tokens, pending ones included."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_output_tokens(self) -> int:

@@ -44,6 +44,7 @@ class _Group(PointToPoint, Protocol):
     """What gloo's and NCCL's groups have in common (torch types neither); a call blocks in ``Work.wait``."""
 
     def allreduce(self, tensors: list[Tensor], /) -> dist.Work: ...
+    def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions, /) -> dist.Work: ...
     def gather(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], options: dist.GatherOptions, /
     ) -> dist.Work: ...
@@ -167,6 +168,15 @@ class ParallelContext:
         if self._tp_group is not None:
             with _peers("the sum over the tensor ranks"):
                 self._tp_group.allreduce([x]).wait()
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Tensor rank 0's ``x`` on every tensor rank, in place; returns ``x``."""
+        if self._tp_group is not None:
+            options = dist.BroadcastOptions()
+            options.rootRank = 0
+            with _peers("the sharing of sampled tokens"):
+                self._tp_group.broadcast([x], options).wait()
         return x
 
     def gather(self, x: Tensor) -> Tensor | None:

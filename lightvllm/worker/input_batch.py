@@ -5,6 +5,7 @@ Knows no model. Every rank keeps the same state, fed by the same ``StepInput``; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,21 @@ from torch import Tensor
 from lightvllm.errors import LightvllmError
 from lightvllm.layers.attention import AttentionMetadata
 from lightvllm.layers.sampler import SamplingState
-from lightvllm.messages import ScheduledSequence, StepInput
+from lightvllm.messages import SAMPLED_LAST, ScheduledSequence, StepInput
+
+Share = Callable[[list[int | None]], list[int]]
 
 
 class SequenceState:
-    """One sequence: how it is sampled (its tokens included), and the cache blocks that hold it."""
+    """One sequence: how it is sampled (its tokens included), and the cache blocks that hold it.
+
+    Attributes:
+        sampled_last: the token that this rank sampled last, until it is part of ``sampling.token_ids``.
+    """
 
     def __init__(self, sampling: SamplingState) -> None:
         self.sampling = sampling
+        self.sampled_last: int | None = None
         self.num_blocks = 0
         self._blocks: np.ndarray[Any, np.dtype[np.int32]] = np.empty(16, np.int32)
 
@@ -82,19 +90,24 @@ class SequenceTable:
                 SamplingState(new.sampling, new.seed, new.prompt_len, new.stop_token_ids, list(new.token_ids))
             )
 
-    def batch(self, scheduled: list[ScheduledSequence]) -> Batch:
-        """Take in the new tokens and blocks, and lay the batch out. ``scheduled`` is not empty."""
+    def batch(self, scheduled: list[ScheduledSequence], share: Share) -> Batch:
+        """Take in the new tokens and blocks, and lay the batch out. ``scheduled`` is not empty.
+
+        ``share`` is called on every rank alike, if the driver names tokens by ``SAMPLED_LAST``: with what this rank has
+        sampled for those sequences, None where it has sampled nothing, it returns the tokens.
+        """
         tokens: list[int] = []
         sampled, seq_ids, rows, states = [], [], [], []
+        unnamed = [self._known(item) for item in scheduled if item.new_token_ids[-1:] == [SAMPLED_LAST]]
+        named = iter(share([state.sampled_last for state in unnamed]) if unnamed else ())
         for item in scheduled:
-            state = self._sequences.get(item.seq_id)
-            if state is None:
-                raise LightvllmError(
-                    f"step schedules sequence {item.seq_id}, which this worker does not know; "
-                    "the driver must send it as new first (after reset_sequences, every sequence)"
-                )
+            state = self._known(item)
             sequence = state.sampling.token_ids
-            sequence.extend(item.new_token_ids)
+            if item.new_token_ids:
+                sequence.extend(item.new_token_ids)
+                if sequence[-1] == SAMPLED_LAST:
+                    sequence[-1] = next(named)
+                state.sampled_last = None
             state.add_blocks(item.new_block_ids)
             end = item.start + item.count
             self._check(item, state, end)
@@ -119,6 +132,15 @@ class SequenceTable:
             seq_ids,
             None if len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.int64, device=self._device),
         )
+
+    def _known(self, item: ScheduledSequence) -> SequenceState:
+        state = self._sequences.get(item.seq_id)
+        if state is None:
+            raise LightvllmError(
+                f"step schedules sequence {item.seq_id}, which this worker does not know; "
+                "the driver must send it as new first (after reset_sequences, every sequence)"
+            )
+        return state
 
     def _check(self, item: ScheduledSequence, state: SequenceState, end: int) -> None:
         """The driver keeps to these; a worker that did not look would write into another sequence's memory."""

@@ -153,7 +153,20 @@ class ModelRunner:
         if not self._caches:
             raise LightvllmError("there is no KV cache to run a step with; call initialize_from_config first")
         self._sequences.update(step)
-        return self._sequences.batch(step.scheduled) if step.scheduled else None
+        return self._sequences.batch(step.scheduled, self._share) if step.scheduled else None
+
+    def _share(self, sampled: list[int | None]) -> list[int]:
+        """What tensor rank 0 has sampled, on every tensor rank; see ``SequenceTable.batch``."""
+        tokens = [-1 if token_id is None else token_id for token_id in sampled]
+        if self._parallel.pp_size > 1 or (self._parallel.tp_rank == 0 and None in sampled):
+            raise LightvllmError(
+                "the driver counts on a token that was not sampled here; it may do so only for a sequence that was "
+                "sampled in an earlier step, and only where there is one pipeline stage"
+            )
+        if self._parallel.tp_size == 1:
+            return tokens
+        shared = self._parallel.broadcast(torch.tensor(tokens, dtype=torch.int64, device=self._device))
+        return [int(token_id) for token_id in shared.tolist()]
 
     def _run_stage(self, batch: Batch, x: Tensor) -> Tensor:
         """From token ids, or the hidden states of the stage before, to this stage's; after the norm in the last one."""
@@ -172,6 +185,8 @@ class ModelRunner:
         if batch is None or logits is None:
             return StepOutput(step=step.step, seq_ids=[], token_ids=[], model_seconds=time.perf_counter() - began)
         token_ids, logprobs = sample(logits, [state.sampling for state in batch.sampled])
+        for state, token_id in zip(batch.sampled, token_ids, strict=True):
+            state.sampled_last = token_id
         return StepOutput(
             step=step.step,
             seq_ids=batch.seq_ids,
