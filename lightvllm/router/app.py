@@ -1,0 +1,218 @@
+"""``create_app``: the router as an aiohttp application.
+
+| path | for |
+|---|---|
+| the paths of ``settings.paths``, by POST | models, by the body's ``model`` |
+| ``/v1/models``, ``/v1/models/NAME`` | all models that are known |
+| ``/backends`` | the state of every replica |
+| ``/metrics``, ``/queue.json?model=NAME`` | Prometheus, and autoscalers without it |
+| ``/health``, ``/version`` | probes; need no key |
+
+aiohttp serves and calls, because one process then reads and writes a chunk without a layer between; see
+``benchmarks/router.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from lightvllm.router.health import Prober
+from lightvllm.router.keys import ApiKeys
+from lightvllm.router.metrics import CONTENT_TYPE, Metrics
+from lightvllm.router.pool import Pool
+from lightvllm.router.proxy import Proxy
+from lightvllm.router.replies import ApiError
+from lightvllm.router.settings import RouterSettings
+from lightvllm.router.sources import Source, follow
+from lightvllm.router.upstream import SERVER, Upstream
+from lightvllm.version import __version__
+
+logger = logging.getLogger(__name__)
+
+_OPEN = {"/health", "/version"}
+_MEASURES = {"/metrics", "/queue.json"}
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Router:
+    """Everything behind the application; ``app[ROUTER]``.
+
+    Args:
+        settings: of the router.
+        sources: say what replicas there are.
+        keys: one of them must be shown.
+        upstream: connects to replicas; the app enters and leaves it.
+
+    Attributes:
+        draining: new requests are refused.
+        active: requests that are being answered.
+    """
+
+    def __init__(self, settings: RouterSettings, sources: list[Source], keys: ApiKeys, upstream: Upstream) -> None:
+        self.settings, self.sources, self.keys, self.upstream = settings, sources, keys, upstream
+        self.draining = False
+        self.active = 0
+        self.metrics = Metrics()
+        self.prober: Prober
+        self.pool = Pool(
+            settings,
+            on_eject=lambda replica: self.metrics.ejections.labels(replica.name).inc(),
+            added=lambda replica: self.prober.start(replica),
+            removed=lambda replica: self.prober.stop(replica),
+        )
+        self.prober = Prober(self.pool, upstream, settings)
+        self.proxy = Proxy(self.pool, upstream, self.metrics, settings)
+        self.metrics.watch(self.pool)
+
+    async def run(self, app: web.Application) -> AsyncIterator[None]:
+        """aiohttp's start and end."""
+        async with self.upstream, follow(self.sources, self.pool):
+            yield
+            await self.prober.close()
+
+    @web.middleware
+    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """The request's id, the client's key, errors in OpenAI's shape."""
+        given = request.headers.get("X-Request-Id", "")
+        request["id"] = name = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        self.active += 1
+        try:
+            self._admit(request)
+            response = await handler(request)
+        except ApiError as error:
+            response = error.response()
+        except web.HTTPException as error:
+            response = _http_error(error, self.settings)
+        except Exception:
+            logger.exception("defect in request %s", name)
+            response = ApiError(
+                500, f"internal error (request {name}); the router's log has the details", code="internal_error"
+            ).response()
+        finally:
+            self.active -= 1
+        if not response.prepared:
+            response.headers["X-Request-Id"] = name
+            response.headers["Server"] = SERVER
+            if self.draining:
+                response.force_close()
+        return response
+
+    def _admit(self, request: web.Request) -> None:
+        path = request.path
+        if path in _OPEN:
+            return
+        is_open = path in _MEASURES and self.settings.metrics_without_key
+        if not is_open and not self.keys.allow(request.headers.get("Authorization")):
+            raise ApiError(
+                401,
+                "no valid API key; send one as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        if self.draining and path not in _MEASURES:
+            raise ApiError(503, "the router is shutting down", code="shutting_down", retry_after=1)
+
+    # ---- what the router answers itself
+
+    async def health(self, request: web.Request) -> web.Response:
+        """503 once it drains. It does not depend on replicas: without any, requests are held."""
+        status = "draining" if self.draining else "ready"
+        return web.json_response({"status": status}, status=503 if self.draining else 200)
+
+    async def version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": __version__})
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [self.pool.card(name) for name in self.pool.models]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if not self.pool.knows(name):
+            raise self._no_model(name)
+        return web.json_response(self.pool.card(name))
+
+    async def backends(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [replica.describe() for replica in self.pool]})
+
+    async def show_metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def queue(self, request: web.Request) -> web.Response:
+        """Of one model, or of all by name; flat numbers, for autoscalers that read JSON."""
+        name = request.query.get("model")
+        if name is None:
+            return web.json_response({"models": {name: self._queue(name) for name in self.pool.models}})
+        if not self.pool.knows(name):
+            raise self._no_model(name)
+        return web.json_response(self._queue(name))
+
+    def _no_model(self, name: str) -> ApiError:
+        known = ", ".join(self.pool.models) or "none yet"
+        return ApiError(
+            404,
+            f"the model {name!r:.200} does not exist; known: {known}",
+            param="model",
+            code="model_not_found",
+        )
+
+    def _queue(self, name: str) -> dict[str, int]:
+        pending, waiting = self.pool.pending[name], self.pool.num_held(name)
+        return {"pending": pending, "waiting": waiting, "in_flight": pending - waiting}
+
+
+ROUTER: web.AppKey[Router] = web.AppKey("router", Router)
+
+
+def create_app(
+    settings: RouterSettings,
+    sources: list[Source],
+    keys: ApiKeys | None = None,
+    upstream: Upstream | None = None,
+) -> web.Application:
+    """The application; it follows its sources and probes replicas from its start to its end.
+
+    Run it with ``handler_cancellation=True``, so that clients who leave end their requests.
+    """
+    router = Router(settings, sources, keys or ApiKeys(), upstream or Upstream(settings))
+    app = web.Application(middlewares=[router.middleware], client_max_size=settings.max_request_bytes)
+    app[ROUTER] = router
+    app.cleanup_ctx.append(router.run)
+    for path in settings.paths:
+        app.router.add_post(path, router.proxy.handle)
+    gets: dict[str, Any] = {
+        "/v1/models": router.models,
+        "/v1/models/{name:.+}": router.model,
+        "/backends": router.backends,
+        "/metrics": router.show_metrics,
+        "/queue.json": router.queue,
+        "/health": router.health,
+        "/version": router.version,
+    }
+    for path, handler in gets.items():
+        app.router.add_get(path, handler)
+    return app
+
+
+def _http_error(error: web.HTTPException, settings: RouterSettings) -> web.Response:
+    headers = {name: value for name, value in error.headers.items() if name in ("Allow", "Connection")}
+    match error.status:
+        case 404:
+            wrong = ApiError(
+                404, f"there is no such path; requests go to {', '.join(settings.paths)}", code="not_found"
+            )
+        case 405:
+            wrong = ApiError(405, f"this path does not know the method; use {headers.get('Allow')}", headers=headers)
+        case 413:
+            most = settings.max_request_bytes
+            wrong = ApiError(413, f"the body is larger than {most} bytes", code="request_too_large", headers=headers)
+        case _:
+            wrong = ApiError(error.status, error.reason, headers=headers)
+    return wrong.response()

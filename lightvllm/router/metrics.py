@@ -1,0 +1,97 @@
+"""The router's metrics, in Prometheus' format. Gauges are read from the pool when somebody asks.
+
+What an autoscaler wants is ``lightvllm_router_pending_requests{model}``: requests that have come and are not done,
+held ones included. It is there, with 0, for every known model, also one without a replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from lightvllm.router.pool import Pool
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """Of one router; nothing is global, so that several can live in one process.
+
+    Attributes:
+        requests: answered, by model, backend ("" if none was reached) and status: the HTTP status, "499" for clients
+            that left, "broken" for answers that broke off.
+        retries: tries that failed and were followed by another or given up, by model and reason.
+        ejections: by backend.
+        held: requests that had to wait for a replica, by model.
+        hold_seconds: how long those waited; first_byte_seconds, request_seconds: from arrival.
+    """
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        name = "lightvllm_router_"
+        self.requests = Counter(
+            name + "requests", "Requests answered.", ["model", "backend", "status"], registry=registry
+        )
+        self.retries = Counter(
+            name + "failed_tries",
+            "Tries that failed before anything was passed on.",
+            ["model", "reason"],
+            registry=registry,
+        )
+        self.ejections = Counter(name + "ejections", "Replicas taken out.", ["backend"], registry=registry)
+        self.held = Counter(name + "held_requests", "Requests that waited for a replica.", ["model"], registry=registry)
+        self.hold_seconds = Histogram(
+            name + "hold_seconds", "How long those waited.", ["model"], buckets=_SECONDS, registry=registry
+        )
+        self.first_byte_seconds = Histogram(
+            name + "time_to_first_byte_seconds",
+            "From a request's arrival to the first byte of its answer.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.request_seconds = Histogram(
+            name + "request_seconds",
+            "From a request's arrival to its end.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+    def watch(self, pool: Pool) -> None:
+        """Show the pool's gauges, too."""
+        self._registry.register(_Gauges(pool))
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _Gauges(Collector):
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        pool, name = self._pool, "lightvllm_router_"
+        pending = GaugeMetricFamily(
+            name + "pending_requests", "Requests that have come and are not done.", labels=["model"]
+        )
+        waiting = GaugeMetricFamily(
+            name + "waiting_requests", "Of those, requests held until a replica can take them.", labels=["model"]
+        )
+        ready = GaugeMetricFamily(name + "healthy_backends", "Replicas that get requests.", labels=["model"])
+        for model in pool.models:
+            pending.add_metric([model], pool.pending[model])
+            waiting.add_metric([model], pool.num_held(model))
+            ready.add_metric([model], sum(replica.usable and model in replica.models for replica in pool))
+        in_flight = GaugeMetricFamily(
+            name + "in_flight_requests", "Requests that a replica is busy with.", labels=["backend"]
+        )
+        healthy = GaugeMetricFamily(name + "backend_healthy", "1 if it gets requests.", labels=["backend"])
+        for replica in pool:
+            in_flight.add_metric([replica.name], replica.in_flight)
+            healthy.add_metric([replica.name], int(replica.usable))
+        yield from (pending, waiting, ready, in_flight, healthy)

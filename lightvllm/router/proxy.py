@@ -1,0 +1,339 @@
+"""One request: which replica, try and try again, and its answer passed on as it comes.
+
+Until the first byte of an answer has been passed on, a request that fails is tried on another replica. Therefore the
+headers of a stream wait for its first bytes, and an answer that is no stream for its end (up to a size). After that
+nothing is retried: a stream that breaks off ends with an error event, any other answer with its connection.
+
+When the client leaves, aiohttp cancels the handler, which closes the connection to the replica at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from types import SimpleNamespace
+
+import aiohttp
+from aiohttp import web
+
+from lightvllm.router.body import affinity_key, parse
+from lightvllm.router.events import WholeEvents
+from lightvllm.router.health import describe
+from lightvllm.router.metrics import Metrics
+from lightvllm.router.pool import Pool, Request
+from lightvllm.router.replica import Replica
+from lightvllm.router.replies import ApiError
+from lightvllm.router.settings import RouterSettings
+from lightvllm.router.upstream import Upstream, downstream_headers, read_most
+
+logger = logging.getLogger(__name__)
+
+_RETRIED = (429, 502, 503)
+_ERROR_BYTES = 1 << 20  # of an error answer that is kept while others are tried
+_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between rounds over replicas that have all failed
+_STALE = 1.0  # seconds in which a kept connection that the replica was closing shows that it was
+_MOST_BUSY = 10.0  # seconds for which a 429's Retry-After is believed
+_ANSWERED_BADLY = (aiohttp.ClientError, OSError, ValueError)
+
+
+class _Failed(Exception):
+    """A try failed before anything was passed on.
+
+    Attributes:
+        reason: one word, for the metrics.
+        answer: what the replica said, if it said something.
+        lost: the connection broke after the request had been sent.
+    """
+
+    def __init__(self, reason: str, message: str, answer: web.Response | None = None, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.answer = answer
+        self.lost = lost
+
+
+class Proxy:
+    """Handles all requests that go to a model.
+
+    Attributes:
+        ending: the router's time is over: a request that is cancelled now is told so.
+    """
+
+    def __init__(self, pool: Pool, upstream: Upstream, metrics: Metrics, settings: RouterSettings) -> None:
+        self.ending = False
+        self._pool, self._upstream, self._metrics, self._settings = pool, upstream, metrics, settings
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer it. Raises ApiError for what the router itself refuses."""
+        arrived = time.monotonic()
+        content = await self._read(request)
+        body = parse(content)
+        model = self._model(body.model)
+        entry = self._pool.enter(model, affinity_key(body, self._settings.affinity_bytes))
+        exchange = _Exchange(request, content, entry, arrived)
+        status = "499"  # what stays if the client leaves
+        try:
+            response = await self._serve(exchange)
+            status = str(response.status) if not exchange.broken else exchange.broken
+            return response
+        except ApiError as error:
+            status = str(error.status)
+            raise
+        except Exception:
+            status = "500"
+            raise
+        finally:
+            self._pool.leave(entry)
+            self._account(exchange, status)
+
+    async def _read(self, request: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._settings.body_timeout):
+                return await request.read()
+        except TimeoutError:
+            raise ApiError(
+                408, f"the body did not come within {self._settings.body_timeout:g} s", headers={"Connection": "close"}
+            ) from None
+
+    def _model(self, name: str | None) -> str:
+        known = self._pool.models
+        if name is None:
+            if len(known) == 1:
+                return known[0]
+            raise ApiError(
+                400,
+                f"'model' is missing; known: {', '.join(known) or 'none yet'}",
+                param="model",
+                code="missing_required_parameter",
+            )
+        if not self._pool.knows(name):
+            shown = f"{name!r:.200}"
+            raise ApiError(
+                404,
+                f"the model {shown} does not exist; known: {', '.join(known) or 'none yet'}",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    async def _serve(self, exchange: _Exchange) -> web.StreamResponse:
+        settings, pool, entry = self._settings, self._pool, exchange.entry
+        tried: list[Replica] = []
+        losses = rounds = 0
+        last = _Failed("none", "no replica was tried")
+        while len(tried) < settings.max_tries and losses < settings.max_losses:
+            if tried and time.monotonic() - exchange.arrived > settings.retry_timeout:
+                break
+            replica = await pool.acquire(entry, tried)
+            exchange.backend = replica.name
+            try:
+                if replica in tried:  # and so have all been that are left
+                    if last.answer is not None and last.answer.status == 429:
+                        return last.answer
+                    rounds += 1
+                    pause = min(_PAUSE * 2**rounds, _LONGEST_PAUSE) * random.uniform(0.5, 1)  # noqa: S311
+                    await asyncio.sleep(pause)
+                    if not replica.usable:
+                        continue
+                exchange.tries += 1
+                return await self._try(exchange, replica)
+            except _Failed as failed:
+                last = failed
+                losses += failed.lost
+                tried.append(replica)
+                self._metrics.retries.labels(entry.model, failed.reason).inc()
+                logger.warning("request %s failed on %s: %s; try %d", exchange.id, replica.name, failed, exchange.tries)
+            finally:
+                pool.release(replica)
+        if last.answer is not None:
+            return last.answer
+        status = 504 if last.reason == "timeout" else 502
+        raise ApiError(status, f"{exchange.tries} tries failed, the last because {last}", code="bad_gateway")
+
+    async def _try(self, exchange: _Exchange, replica: Replica) -> web.StreamResponse:
+        settings, context, sent = self._settings, SimpleNamespace(reused=False), time.monotonic()
+        answer: aiohttp.ClientResponse | None = None
+        try:
+            async with asyncio.timeout(settings.header_timeout):
+                answer = await self._upstream.post(
+                    replica,
+                    exchange.path,
+                    exchange.content,
+                    self._upstream.headers(exchange.request.headers, exchange.request.remote or "", exchange.id),
+                    context,
+                )
+            if answer.status in _RETRIED and (answer.status != 429 or "Retry-After" in answer.headers):
+                raise await self._refused(exchange, replica, answer)
+            return await self._pass_on(exchange, replica, answer)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            self._pool.failed(replica, describe(error), at_once=True)
+            raise _Failed("connect", describe(error)) from None
+        except TimeoutError:
+            message = f"it did not begin to answer within {settings.header_timeout:g} s"
+            if answer is not None:
+                message = f"nothing came for {settings.idle_timeout:g} s"
+            self._pool.failed(replica, message)
+            raise _Failed("timeout", message, lost=True) from None
+        except _ANSWERED_BADLY as error:
+            if context.reused and answer is None and time.monotonic() - sent < _STALE:
+                raise _Failed("stale", "it closed a kept connection") from None
+            self._pool.failed(replica, describe(error))
+            raise _Failed("broken", describe(error), lost=True) from None
+        finally:
+            if answer is not None and not answer.closed:
+                answer.release() if answer.content.at_eof() else answer.close()
+
+    async def _refused(self, exchange: _Exchange, replica: Replica, answer: aiohttp.ClientResponse) -> _Failed:
+        """The replica does not want the request."""
+        body = b""
+        async with asyncio.timeout(self._settings.idle_timeout):
+            body = await read_most(answer, _ERROR_BYTES)
+        message = f"it says {answer.status}"
+        if answer.status == 429:
+            replica.busy_until = time.monotonic() + _retry_after(answer.headers["Retry-After"])
+        else:
+            self._pool.failed(replica, message, at_once=answer.status == 503)
+        headers = downstream_headers(answer.headers, exchange.id)
+        return _Failed(
+            f"status_{answer.status}", message, web.Response(status=answer.status, body=body, headers=headers)
+        )
+
+    async def _pass_on(
+        self, exchange: _Exchange, replica: Replica, answer: aiohttp.ClientResponse
+    ) -> web.StreamResponse:
+        """Its answer to the client. Raises what ``_try`` retries before anything was passed on, and nothing after."""
+        headers = downstream_headers(answer.headers, exchange.id)
+        idle, read = self._settings.idle_timeout, answer.content.readany
+        is_stream = answer.content_type == "text/event-stream"
+        kept = bytearray()
+        async with asyncio.timeout(idle) as limit:
+            while chunk := await read():
+                kept += chunk
+                if is_stream or len(kept) > self._settings.max_buffered_bytes:
+                    break
+                limit.reschedule(asyncio.get_running_loop().time() + idle)
+        exchange.first_byte = time.monotonic()
+        if not chunk:
+            self._pool.succeeded(replica)
+            return web.Response(status=answer.status, body=bytes(kept), headers=headers)
+
+        events = WholeEvents() if is_stream and "Content-Encoding" not in answer.headers else None
+        if not is_stream and answer.content_length is not None:
+            headers["Content-Length"] = str(answer.content_length)
+        out = web.StreamResponse(status=answer.status, headers=headers)
+        try:
+            await out.prepare(exchange.request)
+            problem = await self._stream(bytes(kept), answer, out, events)
+            if problem is None:
+                self._pool.succeeded(replica)
+                await out.write_eof()
+            else:
+                exchange.broken = "broken"
+                self._pool.failed(replica, problem)
+                logger.warning("request %s broke off on %s: %s", exchange.id, replica.name, problem)
+                message = f"the replica broke off: {problem}; try again"
+                await self._end_broken(exchange, out, events, ApiError(502, message, code="stream_broken"))
+        except aiohttp.ClientConnectionResetError:  # of the client, who cannot be told anything any more
+            exchange.broken = "499"
+            if exchange.request.transport is not None:
+                exchange.request.transport.abort()
+        except asyncio.CancelledError:
+            if self.ending:
+                error = ApiError(503, "the router is shutting down; try again", code="shutting_down")
+                await self._end_broken(exchange, out, events, error)
+            raise
+        return out
+
+    async def _stream(
+        self, chunk: bytes, answer: aiohttp.ClientResponse, out: web.StreamResponse, events: WholeEvents | None
+    ) -> str | None:
+        """Pass on ``chunk`` and all that comes; why it broke off, or None. Raises what writing to the client raises."""
+        idle, read, now = self._settings.idle_timeout, answer.content.readany, asyncio.get_running_loop().time
+        writing = False
+        try:
+            async with asyncio.timeout(idle) as limit:
+                renew = now() + idle / 4
+                while chunk:
+                    if events is not None:
+                        chunk = events.feed(chunk)
+                    if chunk:
+                        writing = True
+                        await out.write(chunk)  # waits while the client is slow, and then nothing more is read
+                        writing = False
+                    try:
+                        chunk = await read()
+                    except _ANSWERED_BADLY as error:  # no time-out, which comes as a cancellation here
+                        return describe(error)
+                    if now() >= renew:  # not at every chunk: moving a timer costs more than the chunk
+                        limit.reschedule(now() + idle)
+                        renew = now() + idle / 4
+                if events is not None and (rest := events.finish()):
+                    await out.write(rest)
+        except TimeoutError:
+            if writing:
+                raise aiohttp.ClientConnectionResetError(f"the client took nothing for {idle:g} s") from None
+            return f"nothing came for {idle:g} s"
+        return None
+
+    async def _end_broken(
+        self, exchange: _Exchange, out: web.StreamResponse, events: WholeEvents | None, error: ApiError
+    ) -> None:
+        """The last that the client gets: an error event where one can be read, else a connection that ends early."""
+        if out.prepared and events is not None and events.between:
+            await out.write(error.event())
+            await out.write_eof()
+        elif exchange.request.transport is not None:
+            exchange.request.transport.abort()
+
+    def _account(self, exchange: _Exchange, status: str) -> None:
+        metrics, entry, now = self._metrics, exchange.entry, time.monotonic()
+        metrics.requests.labels(entry.model, exchange.backend, status).inc()
+        metrics.request_seconds.labels(entry.model).observe(now - exchange.arrived)
+        if exchange.first_byte:
+            metrics.first_byte_seconds.labels(entry.model).observe(exchange.first_byte - exchange.arrived)
+        if entry.held:
+            metrics.held.labels(entry.model).inc()
+            metrics.hold_seconds.labels(entry.model).observe(entry.held)
+        if self._settings.access_log:
+            logger.info(
+                "request %s %s model=%s backend=%s status=%s tries=%d held=%.3f first_byte=%.3f total=%.3f",
+                exchange.id,
+                exchange.request.path,
+                entry.model,
+                exchange.backend or "-",
+                status,
+                exchange.tries,
+                entry.held,
+                max(0.0, exchange.first_byte - exchange.arrived),
+                now - exchange.arrived,
+            )
+
+
+class _Exchange:
+    """A request on its way through the proxy."""
+
+    def __init__(self, request: web.Request, content: bytes, entry: Request, arrived: float) -> None:
+        self.request = request
+        self.id: str = request["id"]
+        self.content = content
+        self.entry = entry
+        self.arrived = arrived
+        self.backend = ""
+        self.tries = 0
+        self.first_byte = 0.0
+        self.broken = ""
+
+    @property
+    def path(self) -> str:
+        query = self.request.rel_url.raw_query_string
+        return f"{self.request.path}?{query}" if query else self.request.path
+
+
+def _retry_after(value: str) -> float:
+    """Seconds, at most ``_MOST_BUSY``; the form with a date counts as that."""
+    try:
+        return min(max(float(value), 0.0), _MOST_BUSY)
+    except ValueError:
+        return _MOST_BUSY

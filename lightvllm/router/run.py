@@ -1,0 +1,181 @@
+"""Running the router: its listener, signals, and an orderly end.
+
+The first SIGINT or SIGTERM closes the listener and lets requests finish, within ``drain_timeout``; a second one ends
+them at once (streams with an error event), a third ends the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from aiohttp import web
+
+from lightvllm.errors import ConfigError
+from lightvllm.router.app import ROUTER, Router
+from lightvllm.router.keys import ApiKeys
+from lightvllm.router.replica import is_loopback
+
+logger = logging.getLogger(__name__)
+
+_END = 2.0  # seconds in which cancelled requests may say goodbye
+_LOOK = 0.05
+
+
+def check_listener(host: str, keys: ApiKeys) -> None:
+    """Raise ConfigError if strangers could use the router: it asks for a key, or listens on loopback only."""
+    if not keys and not is_loopback(host):
+        raise ConfigError(
+            f"--host {host} is not a loopback address, and without API keys anybody who reaches it could use the "
+            "models; give --api-key-file, or listen on 127.0.0.1"
+        )
+
+
+def server_tls(cert: Path | None, key: Path | None, client_ca: Path | None = None) -> ssl.SSLContext | None:
+    """TLS of the listener; with ``client_ca`` clients must have a certificate of that CA. Raises ConfigError."""
+    if cert is None or key is None:
+        if given := [str(path) for path in (cert, key, client_ca) if path is not None]:
+            raise ConfigError(f"TLS needs --tls-cert and --tls-key; only {', '.join(given)} is given")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _load_chain(context, cert, key)
+    if client_ca is not None:
+        _load_ca(context, client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_tls(ca: Path | None, cert: Path | None, key: Path | None) -> ssl.SSLContext | bool:
+    """TLS to replicas: trusts ``ca``, else the system's CAs; shows ``cert`` if there is one. Raises ConfigError."""
+    if (cert is None) != (key is None):
+        raise ConfigError("a certificate for backends needs both --backend-tls-cert and --backend-tls-key")
+    if ca is None and cert is None:
+        return True
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if ca is None:
+        context.load_default_certs()
+    else:
+        _load_ca(context, ca)
+    if cert is not None and key is not None:
+        _load_chain(context, cert, key)
+    return context
+
+
+async def serve(
+    app: web.Application,
+    host: str,
+    port: int,
+    tls: ssl.SSLContext | None,
+    announce: Callable[[str], object],
+) -> int:
+    """Serve until a signal comes and all is done; its number.
+
+    Args:
+        port: 0 takes a free one.
+        announce: called with the router's URL once it can be used.
+
+    Raises ConfigError if it cannot listen there.
+    """
+    router = app[ROUTER]
+    # Handlers end on their own, or are cancelled below: aiohttp itself need not wait for them.
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=_END, access_log=None)
+    with _signals() as received:
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=1024)
+            try:
+                await site.start()
+            except OSError as error:
+                raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+            announce(_url(runner, tls))
+            first = await received.get()
+            router.draining = True
+            await site.stop()
+            logger.info("draining: %d requests", router.active)
+            if not await _drained(router, received):
+                logger.warning("%d requests did not finish and are ended", router.active)
+                router.proxy.ending = True
+        finally:
+            await runner.cleanup()
+    return first
+
+
+async def _drained(router: Router, received: asyncio.Queue[int]) -> bool:
+    """Whether all requests finished within the time-out, before another signal."""
+    try:
+        async with asyncio.timeout(router.settings.drain_timeout):
+            while router.active:
+                if not received.empty():
+                    return False
+                await asyncio.sleep(_LOOK)
+    except TimeoutError:
+        return False
+    return True
+
+
+@contextmanager
+def _signals() -> Iterator[asyncio.Queue[int]]:
+    """Signals as they come, instead of the exceptions that ``cli.main`` makes of them."""
+    loop = asyncio.get_running_loop()
+    received: asyncio.Queue[int] = asyncio.Queue()
+    count = 0
+
+    def take(number: int) -> None:
+        nonlocal count
+        count += 1
+        if count > 2:
+            os._exit(128 + number)
+        received.put_nowait(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        loop.add_signal_handler(number, take, number)
+    try:
+        yield received
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, before[number])
+
+
+def _url(runner: web.AppRunner, tls: ssl.SSLContext | None) -> str:
+    host, port = runner.addresses[0][:2]
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _load_chain(context: ssl.SSLContext, cert: Path, key: Path) -> None:
+    for path in (cert, key):
+        _readable(path)
+    try:
+        context.load_cert_chain(cert, key, password=_no_password)
+    except (OSError, ValueError):
+        raise ConfigError(f"TLS files {cert} and {key}: expected a certificate and its key, PEM") from None
+
+
+def _load_ca(context: ssl.SSLContext, ca: Path) -> None:
+    _readable(ca)
+    try:
+        context.load_verify_locations(ca)
+    except OSError:
+        raise ConfigError(f"TLS file {ca}: expected a CA's certificate, PEM") from None
+
+
+def _readable(path: Path) -> None:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"TLS file {path}: {error.strerror}") from None
+
+
+def _no_password() -> str:
+    """An encrypted key is an error; without this function the terminal would be asked."""
+    raise ValueError("the key is encrypted")

@@ -1,0 +1,144 @@
+"""HTTP to the replicas: connections, TLS, the router's own key, and which headers pass in either direction."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import aiohttp
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
+
+from lightvllm.router.replica import Replica
+from lightvllm.router.settings import RouterSettings
+
+SERVER = "lightvllm-router"  # aiohttp would tell its version and Python's
+
+_HOP_BY_HOP = {  # RFC 9110, section 7.6.1
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+}
+_NOT_UPSTREAM = _HOP_BY_HOP | {
+    # The client's secrets are for the router, and what it says of its own address nobody has checked.
+    *("authorization", "api-key", "x-api-key", "cookie"),
+    *("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-port", "x-forwarded-proto", "x-real-ip"),
+    # Of the client's own connection and transfer.
+    *("host", "content-length", "expect", "accept-encoding", "x-request-id"),
+}
+_NOT_DOWNSTREAM = _HOP_BY_HOP | {"content-length", "date", "server", "set-cookie", "x-request-id"}
+
+
+class Upstream:
+    """Connections to all replicas. Use with ``async with``.
+
+    Args:
+        settings: of the router.
+        key: shown to replicas as ``Authorization: Bearer``.
+        tls: trusts and proves what it says; True trusts the system's CAs.
+    """
+
+    def __init__(self, settings: RouterSettings, key: str | None = None, tls: ssl.SSLContext | bool = True) -> None:
+        self._settings = settings
+        self._own = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._tls = tls
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Upstream:
+        settings = self._settings
+        # aiohttp takes keepalive_timeout=0 for "keep them"; no connection is kept then.
+        reuse: dict[str, Any] = (
+            {"keepalive_timeout": settings.keepalive} if settings.keepalive else {"force_close": True}
+        )
+        traces = aiohttp.TraceConfig()
+        traces.on_connection_reuseconn.append(_mark_reused)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=5, ssl=self._tls, **reuse),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
+            auto_decompress=False,
+            trace_configs=[traces],
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    def headers(self, received: Mapping[str, str], peer: str, request_id: str) -> CIMultiDict[str]:
+        """What a replica is sent: the client's headers without those that are not for it, and the router's own."""
+        headers = _without(received, _NOT_UPSTREAM)
+        headers.update(self._own)
+        headers["X-Forwarded-For"] = peer
+        headers["X-Request-Id"] = request_id
+        return headers
+
+    async def post(
+        self, replica: Replica, path: str, content: bytes, headers: CIMultiDict[str], reused: SimpleNamespace
+    ) -> aiohttp.ClientResponse:
+        """Send a request; the answer as soon as its headers are there, to be closed by the caller.
+
+        Args:
+            path: with the query, encoded.
+            reused: gets an attribute ``reused`` if the connection has been used before.
+        """
+        return await self._request("POST", replica, path, headers, trace_request_ctx=reused, data=content)
+
+    async def get(self, replica: Replica, path: str, timeout: float) -> tuple[int, bytes]:
+        """Status and body, of at most 16 MiB. Raises aiohttp's errors, OSError and TimeoutError."""
+        limit = aiohttp.ClientTimeout(total=timeout, sock_connect=self._settings.connect_timeout)
+        answer = await self._request("GET", replica, path, CIMultiDict(self._own), timeout=limit)
+        try:
+            return answer.status, await read_most(answer, 1 << 24)
+        finally:
+            answer.close() if not answer.content.at_eof() else answer.release()
+
+    async def _request(
+        self, method: str, replica: Replica, path: str, headers: CIMultiDict[str], **options: Any
+    ) -> aiohttp.ClientResponse:
+        assert self._session is not None
+        if host := replica.target.host:
+            headers = CIMultiDict(headers)
+            headers["Host"] = host
+            options["server_hostname"] = host
+        url = URL(replica.target.url + path, encoded=True)
+        return await self._session.request(method, url, headers=headers, allow_redirects=False, **options)
+
+
+async def read_most(answer: aiohttp.ClientResponse, most: int) -> bytes:
+    """The body; ValueError if it is longer than ``most`` bytes."""
+    body = bytearray()
+    while chunk := await answer.content.readany():
+        body += chunk
+        if len(body) > most:
+            raise ValueError(f"the answer is longer than {most} bytes")
+    return bytes(body)
+
+
+def downstream_headers(received: CIMultiDictProxy[str], request_id: str) -> CIMultiDict[str]:
+    """What the client is sent of a replica's headers."""
+    headers = _without(received, _NOT_DOWNSTREAM)
+    headers["Server"] = SERVER
+    headers["X-Request-Id"] = request_id
+    return headers
+
+
+def _without(received: Mapping[str, str], dropped: set[str]) -> CIMultiDict[str]:
+    if connection := received.get("Connection"):
+        dropped = dropped | {name.strip().lower() for name in connection.split(",")}
+    return CIMultiDict((name, value) for name, value in received.items() if name.lower() not in dropped)
+
+
+async def _mark_reused(session: aiohttp.ClientSession, context: Any, parameters: Any) -> None:
+    if context.trace_request_ctx is not None:
+        context.trace_request_ctx.reused = True
