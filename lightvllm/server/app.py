@@ -16,11 +16,11 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from lightvllm.engine.protocol import EngineClient
-from lightvllm.server import errors, health, metrics, openapi
+from lightvllm.server import errors, health, metrics, openapi, status
 from lightvllm.server.access import Access
 from lightvllm.server.lifecycle import Lifecycle
 from lightvllm.server.metrics import Metrics
-from lightvllm.server.middleware import ApiKeys, RequestBodies, RequestContext
+from lightvllm.server.middleware import ApiKeys, RequestBodies, RequestContext, RootPath
 from lightvllm.server.observed import ObservedEngine
 from lightvllm.server.rate_limit import RateLimiter
 from lightvllm.server.settings import ServerSettings
@@ -49,7 +49,6 @@ def create_app(client: EngineClient | None, settings: ServerSettings) -> FastAPI
         title="lightvllm",
         version=__version__,
         description=_DESCRIPTION,
-        root_path=settings.root_path,
         docs_url="/docs" if settings.docs else None,
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs else None,
@@ -64,6 +63,7 @@ def create_app(client: EngineClient | None, settings: ServerSettings) -> FastAPI
     errors.install(app)
     app.include_router(health.router)
     app.include_router(metrics.router)
+    app.include_router(status.router)
     openapi.describe(app, settings)
     if client is not None:
         attach_engine(app, client)
@@ -85,7 +85,8 @@ async def in_flight(request: Request) -> AsyncIterator[EngineClient]:
 
 def _middleware(settings: ServerSettings) -> list[Middleware]:
     """From the outside in."""
-    chain = [Middleware(Access, log_requests=settings.log_requests), Middleware(RequestContext)]
+    chain = [Middleware(RootPath, settings.root_path)] if settings.root_path else []
+    chain += [Middleware(Access, log_requests=settings.log_requests), Middleware(RequestContext)]
     if settings.allowed_origins:
         chain.append(
             Middleware(
