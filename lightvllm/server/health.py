@@ -121,10 +121,10 @@ async def _deep_check(request: Request, engine: EngineClient) -> str | None:
         try:
             async with asyncio.timeout(DEEP_CHECK_TIMEOUT):
                 await engine.check_health()
+        except LightvllmError as error:  # RpcTimeout, which is also a TimeoutError, among them
+            return f"the workers do not answer: {error}"
         except TimeoutError:
             return f"the workers did not answer within {DEEP_CHECK_TIMEOUT:g} s"
-        except LightvllmError as error:
-            return f"the workers do not answer: {error}"
         return None
 
     state = request.app.state

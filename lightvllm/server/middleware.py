@@ -1,7 +1,7 @@
 """Plain ASGI middlewares: the request's id, API keys, and how large and slow a body may be.
 
 They see a request before FastAPI does, and answer in OpenAI's shape by themselves. From the outside in:
-``RequestContext``, (CORS, Starlette's,) ``ApiKeys``, (``rate_limit.RateLimiter``,) ``RequestBodies``.
+``RootPath``, ``RequestContext``, (CORS, Starlette's,) ``ApiKeys``, (``rate_limit.RateLimiter``,) ``RequestBodies``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,18 @@ from lightvllm.server.paths import is_open, route_path
 logger = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+class RootPath:
+    """Says below which path a proxy serves the application, whether the proxy takes that off or not."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self.app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["root_path"] = self._root_path
+        await self.app(scope, receive, send)
 
 
 class RequestContext:
