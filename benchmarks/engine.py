@@ -2,16 +2,19 @@
 
     python benchmarks/engine.py MODEL [--vllm-python .venv-vllm/bin/python] [--dtypes float32,bfloat16]
                                 [--concurrency 1,16] [--rounds 3] [--threads 2] [--json FILE]
+    python benchmarks/engine.py MODEL --contenders lightvllm,lightvllm-sync [--rounds 7]    # asynchronous scheduling
 
 Each contender is a process of its own that loads the model once and then waits on its standard input. Every round asks
 each contender in turn for the same work (so that a slow moment of the machine hits all of them), with prompts of random
 tokens that are new in each round (so that no prefix cache helps). Figures are medians over the rounds; ratios are
-medians of the rounds' ratios. MODEL is a folder or a name that ``lightvllm models get`` knows.
+medians of the rounds' ratios, the first contender's to each. MODEL is a folder or a name that ``lightvllm models get``
+knows.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -29,10 +32,20 @@ Run = Callable[[list[list[int]], int], int]  # (prompts, tokens to generate for 
 # ------------------------------------------------------------------------------------------- contenders
 
 
-def lightvllm_contender(model: str, dtype: str, threads: int, length: int) -> tuple[Run, Callable[[], dict[str, Any]]]:
+def lightvllm_contender(
+    model: str, dtype: str, threads: int, length: int, **options: Any
+) -> tuple[Run, Callable[[], dict[str, Any]]]:
     from lightvllm import LLM, SamplingParams
 
-    llm = LLM(model, dtype=dtype, threads=threads, max_model_len=length, max_num_seqs=64, enable_prefix_caching=False)
+    llm = LLM(
+        model,
+        dtype=dtype,
+        threads=threads,
+        max_model_len=length,
+        max_num_seqs=64,
+        enable_prefix_caching=False,
+        **options,
+    )
 
     def run(prompts: list[list[int]], new: int) -> int:
         params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
@@ -92,7 +105,14 @@ def vllm_contender(model: str, dtype: str, threads: int, length: int) -> tuple[R
     return run, lambda: {"vllm": vllm.__version__}
 
 
-CONTENDERS = {"lightvllm": lightvllm_contender, "transformers": transformers_contender, "vllm": vllm_contender}
+CONTENDERS: dict[str, Callable[..., tuple[Run, Callable[[], dict[str, Any]]]]] = {
+    "lightvllm": lightvllm_contender,
+    "lightvllm-sync": functools.partial(lightvllm_contender, async_scheduling=False),
+    "lightvllm-k8s": functools.partial(lightvllm_contender, executor="k8s"),
+    "lightvllm-k8s-sync": functools.partial(lightvllm_contender, executor="k8s", async_scheduling=False),
+    "transformers": transformers_contender,
+    "vllm": vllm_contender,
+}
 
 VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -197,7 +217,7 @@ def main() -> None:
 
     model = str(resolve(args.model))
     vocab = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
-    pythons = {"lightvllm": sys.executable, "transformers": sys.executable, "vllm": args.vllm_python}
+    pythons = dict.fromkeys(CONTENDERS, sys.executable) | {"vllm": args.vllm_python}
     names = [name for name in args.contenders.split(",") if pythons[name]]
     generator = random.Random(0)
     rows = []
@@ -220,14 +240,14 @@ def main() -> None:
                             speeds[contender.name].append(concurrency * new / answers[contender.name]["seconds"])
                 for contender in contenders:
                     name = contender.name
-                    ratios = [a / b for a, b in zip(speeds["lightvllm"], speeds[name], strict=True)]
+                    ratios = [a / b for a, b in zip(speeds[names[0]], speeds[name], strict=True)]
                     rows.append(
                         {
                             "dtype": dtype,
                             "concurrency": concurrency,
                             "contender": name,
                             "tokens_per_second": round(statistics.median(speeds[name]), 1),
-                            "lightvllm_ratio": round(statistics.median(ratios), 2),
+                            "first_ratio": round(statistics.median(ratios), 2),
                             "start_seconds": round(contender.start_seconds, 1),
                             "peak_mib": round(answers[name]["peak_mib"]),
                             "details": answers[name]["details"],
@@ -237,13 +257,13 @@ def main() -> None:
             for contender in contenders:
                 contender.close()
     print(
-        f"{'dtype':<10}{'concurrent':>11}  {'contender':<14}{'tokens/s':>10}{'ours / it':>11}"
+        f"{'dtype':<10}{'concurrent':>11}  {'contender':<20}{'tokens/s':>10}{'first / it':>11}"
         f"{'peak MiB':>10}{'start s':>9}"
     )
     for row in rows:
         print(
-            f"{row['dtype']:<10}{row['concurrency']:>11}  {row['contender']:<14}{row['tokens_per_second']:>10}"
-            f"{row['lightvllm_ratio']:>11}{row['peak_mib']:>10}{row['start_seconds']:>9}"
+            f"{row['dtype']:<10}{row['concurrency']:>11}  {row['contender']:<20}{row['tokens_per_second']:>10}"
+            f"{row['first_ratio']:>11}{row['peak_mib']:>10}{row['start_seconds']:>9}"
         )
     if args.json:
         args.json.write_text(json.dumps({"settings": vars(args) | {"json": str(args.json)}, "rows": rows}, indent=1))

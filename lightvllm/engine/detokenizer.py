@@ -25,6 +25,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_token_ids if sampling.skip_special_tokens else frozenset()
         self._stops = tuple(sampling.stop or ())
+        self._beginnings = tuple({stop[:length] for stop in self._stops for length in range(1, len(stop))})
         self._include_stop = sampling.include_stop_str_in_output
         self._min_tokens = sampling.min_tokens
         self._num_tokens = 0
@@ -37,7 +38,7 @@ class Detokenizer:
     @property
     def visible(self) -> str:
         """As much of ``text`` as will certainly be in the final text; it only ever grows."""
-        if self._ended or self._include_stop or not self._stops:
+        if self._ended or self._include_stop or not self.text.endswith(self._beginnings):
             return self.text
         held = 0
         for stop in self._stops:
@@ -61,7 +62,7 @@ class Detokenizer:
             return self._extend(text[:-1])
         stop = self._extend(text)
         if len(self._window) > _WINDOW:
-            anchor = self._tokenizer.decode([token_id], skip_special_tokens=False)
+            anchor = self._tokenizer.token_text(token_id)
             if anchor:  # without text it might be a space that is dropped at the beginning but not inside
                 self._window, self._window_done = [token_id], len(anchor)
         return stop

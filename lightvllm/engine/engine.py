@@ -315,13 +315,16 @@ class LLMEngine:
         changed: dict[str, Request] = {}
         alive = self.scheduler.update(batch, output.token_ids)
         self._generation_tokens += len(alive)
+        eos_token_ids, logprobs = self.config.model.eos_token_ids, output.logprobs
         for seq in alive:
             completion = self._completions[seq.seq_id]
-            if completion.append(output.logprobs.get(seq.seq_id), self.config.model.eos_token_ids):
+            if completion.append(logprobs.get(seq.seq_id), eos_token_ids):
                 self._finish(completion)
             request = changed[seq.request_id] = self._requests[seq.request_id]
-            request.metrics.first_token_time = request.metrics.first_token_time or now
-            request.metrics.last_token_time = now
+            metrics = request.metrics
+            metrics.last_token_time = now
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
         outputs = []
         for request in changed.values():
             finished = request.finished

@@ -64,6 +64,17 @@ class RequestMetrics:
     finished_time: float | None = None
     num_preemptions: int = 0
 
+    def snapshot(self, num_preemptions: int) -> RequestMetrics:
+        """As it is now, with that count; much faster than ``dataclasses.replace``, and needed for every output."""
+        return RequestMetrics(
+            self.arrival_time,
+            self.first_scheduled_time,
+            self.first_token_time,
+            self.last_token_time,
+            self.finished_time,
+            num_preemptions,
+        )
+
 
 @dataclass(slots=True)
 class RequestOutput:

@@ -214,7 +214,8 @@ class Scheduler:
             seq.num_pending -= 1
             if not seq.is_finished:
                 seq.token_ids.append(token_id)
-                self._register(seq)  # the token may already be computed in a later batch, and fill a block
+                if self.lookahead:  # the token may already be computed in a later batch, and fill a block
+                    self._register(seq)
                 alive.append(seq)
         return alive
 

@@ -53,6 +53,7 @@ class Tokenizer:
         self.byte_token_ids = frozenset(i for token, i in vocab.items() if _BYTE_TOKEN.fullmatch(token))
         self._added = {i: token.content for i, token in added.items()}
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Tokenizer:
@@ -109,6 +110,13 @@ class Tokenizer:
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._raw(token_id)
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token, decoded alone, special tokens too; "" for an unknown id. Remembered."""
+        known = self._texts.get(token_id)
+        if known is None:
+            known = self._texts[token_id] = self.decode([token_id], skip_special_tokens=False)
         return known
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
