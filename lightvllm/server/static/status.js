@@ -32,13 +32,14 @@ function count(value) {
 }
 
 function rate(value) {
-  return value >= 100 ? grouped.format(Math.round(value)) : value.toFixed(value >= 10 || value === 0 ? 0 : 1);
+  return value >= 10 ? grouped.format(Math.round(value)) : String(Number(value.toFixed(1)));
 }
 
 function duration(seconds) {
+  if (seconds === 0) return "0 s";
   if (seconds < 0.001) return Math.round(seconds * 1e6) + " µs";
-  if (seconds < 1) return (seconds * 1000).toPrecision(seconds < 0.1 ? 2 : 3) + " ms";
-  if (seconds < 100) return seconds.toFixed(1) + " s";
+  if (seconds < 1) return Number((seconds * 1000).toPrecision(seconds < 0.1 ? 2 : 3)) + " ms";
+  if (seconds < 100) return Number(seconds.toFixed(seconds < 10 ? 1 : 0)) + " s";
   if (seconds < 5400) return Math.round(seconds / 60) + " min";
   return seconds < 172_800 ? (seconds / 3600).toFixed(1) + " h" : Math.round(seconds / 86_400) + " d";
 }
@@ -147,7 +148,9 @@ const charts = [
   new Chart("Tokens per second", [["generated", (s) => s.generated], ["prompt", (s) => s.prompt]], rate, { least: 10 }),
   new Chart("Sequences", [["running", (s) => s.running], ["waiting", (s) => s.waiting]], rate, { least: 4 }),
   new Chart("KV cache in use", [["held", (s) => s.cache]], percent, { least: 0.1, most: 1 }),
-  new Chart("Latency, mean", [["first token", (s) => s.firstToken], ["per token", (s) => s.perToken]], duration, { least: 0.01 }),
+  new Chart("Time to first token", [["mean", (s) => s.firstToken]], duration, { least: 0.01 }),
+  new Chart("Time per output token", [["mean", (s) => s.perToken]], duration, { least: 0.01 }),
+  new Chart("One step", [["whole", (s) => s.step], ["executor", (s) => s.overhead]], duration, { least: 0.001 }),
 ];
 
 let samples = [];
@@ -163,9 +166,9 @@ function sample(now) {
   const seconds = now.time - last.time;
   if (seconds <= 0) return;
   const more = (name) => now.stats[name] - last.stats[name];
-  const mean = (total, number) => {
-    const times = now.requests[number] - last.requests[number];
-    return times > 0 ? (now.requests[total] - last.requests[total]) / times : null;
+  const mean = (of, total, number) => {
+    const times = now[of][number] - last[of][number];
+    return times > 0 ? (now[of][total] - last[of][total]) / times : null;
   };
   samples.push({
     at: now.time,
@@ -174,8 +177,10 @@ function sample(now) {
     running: now.stats.num_running,
     waiting: now.stats.num_waiting,
     cache: now.stats.kv_cache_usage,
-    firstToken: mean("first_token_seconds", "first_tokens"),
-    perToken: mean("interval_seconds", "intervals"),
+    firstToken: mean("requests", "first_token_seconds", "first_tokens"),
+    perToken: mean("requests", "interval_seconds", "intervals"),
+    step: mean("stats", "total_step_seconds", "total_steps"),
+    overhead: mean("stats", "total_executor_seconds", "total_steps"),
   });
   samples = samples.filter((each) => each.at > now.time - KEEP_SECONDS);
 }
@@ -233,9 +238,9 @@ function topology(state) {
   for (const rank of ranks) (stages[rank.pp_rank] ??= []).push(rank);
   $("topology").replaceChildren(...stages.filter(Boolean).map((stage, index) => {
     const row = element("div", "stage");
-    const named = stages.length > 1;
-    row.style.gridTemplateColumns = (named ? "52px " : "") + `repeat(${stage.length}, minmax(150px, 1fr))`;
-    if (named) row.append(element("span", "name", `stage ${index}`));
+    row.style.setProperty("--columns", stage.length);
+    row.classList.toggle("named", stages.length > 1);
+    if (stages.length > 1) row.append(element("span", "name", `stage ${index}`));
     row.append(...stage.sort((a, b) => a.tp_rank - b.tp_rank).map(box));
     return row;
   }));
@@ -263,7 +268,7 @@ function totals(state) {
     ["clients gone", count(requests.abort)],
     ["timed out", count(requests.timeout), requests.timeout > 0],
     ["failed", count(requests.error), requests.error > 0],
-    ["refused, queue full", count(requests.refused), requests.refused > 0],
+    ["refused", count(requests.refused), requests.refused > 0],
   ];
   if (stats) {
     told.push(
@@ -273,7 +278,7 @@ function totals(state) {
         ? percent(stats.total_prefix_cache_hits / stats.total_prefix_cache_queries) : "–"],
       ["preemptions", count(stats.total_preemptions)],
       ["mean step", stats.total_steps ? duration(stats.total_step_seconds / stats.total_steps) : "–"],
-      ["executor overhead per step", stats.total_steps ? duration(stats.total_executor_seconds / stats.total_steps) : "–"],
+      ["executor per step", stats.total_steps ? duration(stats.total_executor_seconds / stats.total_steps) : "–"],
     );
   }
   pairs($("totals"), told);
@@ -391,6 +396,8 @@ async function stay() {
 }
 
 function askForKey() {
+  // A link cannot carry a key.
+  for (const link of document.querySelectorAll("footer [data-needs-key]")) link.hidden = true;
   $("key-wrong").hidden = !key;
   key = null;
   store(null);
