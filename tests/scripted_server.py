@@ -65,6 +65,7 @@ async def late_defect() -> StreamingResponse:
 async def endless() -> StreamingResponse:
     async def lines() -> AsyncIterator[bytes]:
         while True:
+            await asyncio.sleep(0)
             yield b"x" * 65536
 
     return StreamingResponse(lines(), media_type="text/plain")

@@ -15,6 +15,7 @@ import os
 import socket
 import ssl
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,17 @@ def bind(settings: ListenSettings, *, authenticated: bool) -> socket.socket:
     return listener
 
 
-def unbind(listener: socket.socket) -> None:
-    """Close the socket; a Unix socket's file goes too."""
-    path = listener.getsockname() if listener.family == socket.AF_UNIX and listener.fileno() >= 0 else None
-    listener.close()
-    if path:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+@contextlib.contextmanager
+def closing(listener: socket.socket) -> Iterator[None]:
+    """The socket is closed at the end of the block, if nobody has closed it before; a Unix socket's file goes too."""
+    path = listener.getsockname() if listener.family == socket.AF_UNIX else None
+    try:
+        yield
+    finally:
+        listener.close()
+        if path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def url(listener: socket.socket, *, tls: bool) -> str:

@@ -25,7 +25,7 @@ from lightvllm.engine.protocol import EngineClient
 from lightvllm.errors import LightvllmError
 from lightvllm.server.app import attach_engine
 from lightvllm.server.lifecycle import Lifecycle
-from lightvllm.server.listen import ListenSettings, guarded_protocol, unbind
+from lightvllm.server.listen import ListenSettings, closing, guarded_protocol
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +80,8 @@ def run(
                 exit_on_engine_failure=exit_on_engine_failure,
             )
 
-    try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(serve())
-    finally:
-        unbind(listener)
+    with closing(listener), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(serve())
 
 
 class _Server(uvicorn.Server):
