@@ -70,6 +70,17 @@ def test_collectives_stay_within_their_stage(dtype: torch.dtype) -> None:
         assert gathered.tolist() == [values, values]
 
 
+def test_what_tensor_rank_0_knows_reaches_its_stage() -> None:
+    contexts = group(2, 2)
+    assert [c.broadcast(torch.tensor([5, 6])).tolist() for c in [ParallelContext(torch.device("cpu"))]] == [[5, 6]]
+
+    def work(context: ParallelContext) -> list[int]:
+        tokens: list[int] = context.broadcast(torch.tensor([context.tp_rank, 2**40 + context.pp_rank])).tolist()
+        return tokens
+
+    assert everywhere(work, list(contexts)) == [[0, 2**40], [0, 2**40], [0, 2**40 + 1], [0, 2**40 + 1]]
+
+
 def test_equal_tensor_ranks_of_all_stages_have_a_group_if_it_is_wanted() -> None:
     contexts = group(2, 2)
     assert all(c.stage_groups is not None and c.stage_groups[0] is c.stage_groups[1] for c in contexts)

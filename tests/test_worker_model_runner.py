@@ -12,7 +12,8 @@ import torch
 from worker_group import Driver, LocalWorker
 
 from lightvllm.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig
-from lightvllm.messages import NewSequence, ScheduledSequence
+from lightvllm.errors import LightvllmError
+from lightvllm.messages import SAMPLED_LAST, NewSequence, ScheduledSequence
 from lightvllm.sampling_params import SamplingParams
 
 PROMPTS = [[5, 60, 7, 300, 9], [11], list(range(40, 63)), [330, 0, 329, 328]]
@@ -132,6 +133,21 @@ def test_logits_and_logprobs_come_for_the_sampled_rows_alone(folder: Path) -> No
     assert list(output.logprobs) == [3]
     assert output.logprobs[3].top_ids[0] == output.token_ids[1]
     assert output.model_seconds > 0
+
+
+def test_the_driver_may_plan_ahead_of_the_token_sampled_last_and_no_other(
+    folder: Path, expected: list[list[int]]
+) -> None:
+    group, prompt = driver(folder), PROMPTS[0]
+    tokens = group.step(
+        new=[NewSequence(1, prompt, 5, 0, GREEDY, []), NewSequence(2, prompt, 5, 0, GREEDY, [])],
+        scheduled=[ScheduledSequence(1, 0, 5, [], [0, 1, 2]), ScheduledSequence(2, 0, 4, [], [3, 4])],
+    ).token_ids
+    for position in (5, 6, 7):
+        tokens += group.step(scheduled=[ScheduledSequence(1, position, 1, [SAMPLED_LAST], [])]).token_ids
+    assert tokens == expected[0][:4]
+    with pytest.raises(LightvllmError, match="the driver counts on a token that was not sampled here"):
+        group.step(scheduled=[ScheduledSequence(2, 4, 1, [SAMPLED_LAST], [])])
 
 
 def test_a_step_without_samples_or_without_work_has_an_empty_result(folder: Path) -> None:
