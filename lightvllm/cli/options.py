@@ -71,6 +71,14 @@ class EngineOptions:
     num_kv_blocks: Annotated[
         int | None, typer.Option(min=1, help="KV cache in blocks, instead of a size.", rich_help_panel=_ENGINE)
     ] = None
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            help="Compute equal beginnings of prompts once.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = True
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at a time.", rich_help_panel=_ENGINE)] = (
         64
     )
