@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from lightvllm.engine.engine import TokensPrompt
+from lightvllm.engine.intake import TokensPrompt
 from lightvllm.engine.outputs import CompletionOutput, RequestOutput
 from lightvllm.engine.protocol import EngineClient, OutputKind
 from lightvllm.errors import ConfigError
@@ -29,6 +29,7 @@ class Job:
     Attributes:
         request: what an error is blamed on.
         request_id: of the engine's requests, a number behind it if there are several.
+        form: the request's field that asks for a form of the output, for errors in it.
     """
 
     request: BaseModel
@@ -37,6 +38,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     timeout: float | None = None
+    form: str | None = None
 
 
 async def run(engine: EngineClient, job: Job) -> list[RequestOutput]:
@@ -80,7 +82,7 @@ async def _one(
                     _check_end(completion, job)
                 yield index, output
     except ConfigError as error:
-        raise blamed(error, job.request) from None
+        raise blamed(error, job.request, job.form if str(error).startswith("structured_outputs") else None) from None
 
 
 async def _several(engine: EngineClient, job: Job, kind: OutputKind) -> AsyncGenerator[tuple[int, RequestOutput], None]:

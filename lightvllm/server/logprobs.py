@@ -58,25 +58,25 @@ class CompletionLogprobWriter:
         self._as_ids = as_ids
         self._skipped = skipped
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0
+        self._offset = self._floor = 0
 
-    def begin(self, token_ids: Sequence[int]) -> None:
-        """Continue behind a text of these tokens' beginning: decoders drop a first token's leading space."""
-        first = next((i for i in token_ids if i not in self._skipped), None)
-        if first is not None:
-            alone = self._tokenizer.decode([first], skip_special_tokens=False)
-            spelled = token_text(self._tokenizer, first)
-            self._offset = -1 if spelled.startswith(" ") and spelled == " " + alone else 0
+    def write(
+        self, token_ids: Sequence[int], positions: Sequence[Described | None], begins_at: int | None = None
+    ) -> dict[str, list[Any]]:
+        """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}`` of the next tokens.
 
-    def write(self, token_ids: Sequence[int], positions: Sequence[Described | None]) -> dict[str, Any]:
-        """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}`` of the next tokens."""
+        Args:
+            begins_at: they begin a text, which stands at this offset; None: they continue the one before.
+        """
+        if begins_at is not None:
+            self._begin(token_ids, begins_at)
         tokens: list[str] = []
         chosen: list[float | None] = []
         tops: list[dict[str, float] | None] = []
         offsets: list[int] = []
         for token_id, position in zip(token_ids, positions, strict=True):
             tokens.append(token_text(self._tokenizer, token_id, self._as_ids))
-            offsets.append(max(0, self._offset))
+            offsets.append(max(self._floor, self._offset))
             if token_id not in self._skipped:
                 self._offset += len(self._characters.decode(self._tokenizer.token_bytes(token_id)))
             if position is None:
@@ -90,15 +90,32 @@ class CompletionLogprobWriter:
             )
         return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
 
+    def _begin(self, token_ids: Sequence[int], offset: int) -> None:
+        """Some decoders drop the space before the first token of a text."""
+        self._characters.reset()
+        self._floor = self._offset = offset
+        first = next((i for i in token_ids if i not in self._skipped), None)
+        if first is not None and (spelled := token_text(self._tokenizer, first)).startswith(" "):
+            alone = self._tokenizer.decode([first], skip_special_tokens=False)
+            self._offset -= len(spelled) - len(alone)
 
-def prompt_logprobs(positions: Sequence[Described | None]) -> list[dict[str, Any] | None]:
-    """vLLM's ``prompt_logprobs``: by token id, ``{"logprob", "rank", "decoded_token"}``."""
+
+def join_logprobs(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Their lists, one behind the other."""
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    return {name: [value for part in parts for value in part[name]] for name in names}
+
+
+def prompt_logprobs(positions: Sequence[Described | None], count: int) -> list[dict[str, Any] | None]:
+    """vLLM's ``prompt_logprobs``: the prompt's token and the ``count`` most probable ones, by token id,
+    ``{"logprob", "rank", "decoded_token"}``."""
     return [
         None
         if position is None
         else {
             str(i): {"logprob": _finite(found.logprob), "rank": found.rank, "decoded_token": found.decoded_token}
-            for i, found in position.items()
+            for number, (i, found) in enumerate(position.items())
+            if not number or found.rank <= count
         }
         for position in positions
     ]

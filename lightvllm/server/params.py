@@ -97,12 +97,17 @@ async def encode(engine: EngineClient, text: str, add_special_tokens: bool, para
 
 def fit(token_ids: list[int], engine: EngineClient, request: GenerationRequest, param: str) -> list[int]:
     """The prompt as it goes to the engine: truncated if the request wants it, and within the context."""
-    model = engine.info.config.model
-    limit = model.max_model_len
     keep = request.truncate_prompt_tokens
     if keep is not None:
-        keep = limit - 1 if keep == -1 else keep
+        keep = engine.info.config.model.max_model_len - 1 if keep == -1 else keep
         token_ids = token_ids[-keep:] if keep else []
+    check_length(token_ids, engine, param)
+    return token_ids
+
+
+def check_length(token_ids: list[int], engine: EngineClient, param: str) -> None:
+    """Not empty, and with room for one more token; raises ApiError 400."""
+    limit = engine.info.config.model.max_model_len
     if not token_ids:
         raise ApiError(400, "the prompt is empty; give at least one token", param=param)
     if len(token_ids) >= limit:
@@ -113,11 +118,10 @@ def fit(token_ids: list[int], engine: EngineClient, request: GenerationRequest, 
             param=param,
             code="context_length_exceeded",
         )
-    return token_ids
 
 
-def structured_outputs(request: GenerationRequest) -> StructuredOutputs | None:
-    """From ``response_format``, ``structured_outputs`` or one of ``guided_…``; two at a time are an error."""
+def structured_outputs(request: GenerationRequest) -> tuple[StructuredOutputs | None, str | None]:
+    """From ``response_format``, ``structured_outputs`` or one of ``guided_…``, and from which; two are an error."""
     given: dict[str, StructuredOutputs] = {}
     wanted = request.response_format
     if isinstance(wanted, JsonObjectFormat):
@@ -142,7 +146,7 @@ def structured_outputs(request: GenerationRequest) -> StructuredOutputs | None:
             given[f"guided_{name}"] = _structured(f"guided_{name}", **{name: value})
     if len(given) > 1:
         raise ApiError(400, f"{' and '.join(given)} exclude each other; use one", param=list(given)[1])
-    return next(iter(given.values()), None)
+    return next(((form, name) for name, form in given.items()), (None, None))
 
 
 def _structured(param: str, **form: Any) -> StructuredOutputs:

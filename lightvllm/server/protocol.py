@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
+from lightvllm.engine.intake import MAX_PRIORITY
 from lightvllm.sampling_params import MAX_LOGPROBS
 
 INT64 = 2**63 - 1
@@ -138,7 +139,7 @@ class GenerationRequest(RequestModel):
     guided_regex: Text | None = None
     guided_choice: Annotated[list[Text], Field(min_length=1)] | None = None
     guided_grammar: Text | None = None
-    priority: int | None = Field(None, ge=-INT64 - 1, le=INT64, description="Lower goes first; default 0.")
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Lower goes first; default 0.")
     timeout: float | None = Field(None, gt=0, description="Seconds; after them the request fails with status 408.")
     return_token_ids: bool | None = Field(None, description="Send the token ids, too.")
     return_tokens_as_token_ids: bool | None = Field(None, description='Write tokens in logprobs as "token_id:5".')
@@ -226,7 +227,7 @@ class EmbeddingRequest(RequestModel):
     encoding_format: Literal["float", "base64"] | None = Field(None, description="Default float.")
     dimensions: int | None = Field(None, ge=1, le=INT64, description="Only the model's own size.")
     user: str | None = Field(None, description="Has no effect.")
-    priority: int | None = Field(None, ge=-INT64 - 1, le=INT64, description="Lower goes first; default 0.")
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Lower goes first; default 0.")
 
 
 class Embedding(AnswerModel):

@@ -11,8 +11,8 @@ from lightvllm.server.tool_calls import SPACE, ToolParser
 
 
 class PythonicParser(ToolParser):
-    _CALL = re.compile(r"\s*([a-zA-Z_][a-zA-Z0-9_.-]*)\s*\(")
-    _UNDECIDED = re.compile(r"\s*([a-zA-Z_][a-zA-Z0-9_.-]*)?\s*")
+    _CALL = re.compile(r"\s*([a-zA-Z0-9_.-]+)\s*\(")
+    _UNDECIDED = re.compile(r"\s*[a-zA-Z0-9_.-]*\s*")
 
     _state: Literal["start", "call", "text"] = "start"
     _open: _Parenthesis | None = None
