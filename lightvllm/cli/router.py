@@ -59,7 +59,7 @@ def router(
     kubernetes_scheme: Annotated[
         Scheme, typer.Option(help="How leaders are reached.", rich_help_panel=_KUBERNETES)
     ] = Scheme.http,
-    kubernetes_tls_name: Annotated[
+    kubernetes_ssl_name: Annotated[
         str | None,
         typer.Option(help="Name in the leaders' certificates; pods have none.", rich_help_panel=_KUBERNETES),
     ] = None,
@@ -78,19 +78,27 @@ def router(
         Path | None,
         typer.Option(help="Keys for clients, one a line; readable by its owner only.", rich_help_panel=_SECURITY),
     ] = None,
+    allow_unauthenticated: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unauthenticated",
+            help="Listen beyond loopback although nobody has to prove who they are.",
+            rich_help_panel=_SECURITY,
+        ),
+    ] = False,
     metrics_without_key: Annotated[
         bool,
         typer.Option(
             "--metrics-without-key", help="/metrics and /queue.json need no API key.", rich_help_panel=_SECURITY
         ),
     ] = False,
-    tls_cert: Annotated[
+    ssl_certfile: Annotated[
         Path | None, typer.Option(help="Certificate of this router, PEM.", rich_help_panel=_SECURITY)
     ] = None,
-    tls_key: Annotated[
+    ssl_keyfile: Annotated[
         Path | None, typer.Option(help="Key of that certificate, PEM.", rich_help_panel=_SECURITY)
     ] = None,
-    tls_client_ca: Annotated[
+    ssl_ca_certs: Annotated[
         Path | None, typer.Option(help="CA that clients' certificates must be signed by.", rich_help_panel=_SECURITY)
     ] = None,
     backend_api_key_file: Annotated[
@@ -104,22 +112,28 @@ def router(
             rich_help_panel=_SECURITY,
         ),
     ] = False,
-    backend_tls_ca: Annotated[
+    backend_ssl_ca_certs: Annotated[
         Path | None,
         typer.Option(help="CA of the replicas' certificates.", show_default="the system's", rich_help_panel=_SECURITY),
     ] = None,
-    backend_tls_cert: Annotated[
+    backend_ssl_certfile: Annotated[
         Path | None, typer.Option(help="Certificate shown to replicas, PEM.", rich_help_panel=_SECURITY)
     ] = None,
-    backend_tls_key: Annotated[
+    backend_ssl_keyfile: Annotated[
         Path | None, typer.Option(help="Key of that certificate, PEM.", rich_help_panel=_SECURITY)
     ] = None,
-    max_request_size: Annotated[
+    max_request_bytes: Annotated[
         str, typer.Option(help="Longest body of a request, such as 32MiB.", rich_help_panel=_SECURITY)
     ] = "32MiB",
     body_timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds in which a body must have come.", rich_help_panel=_SECURITY)
     ] = 60.0,
+    connection_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.001, help="Seconds that a connection may stay without a complete request.", rich_help_panel=_SECURITY
+        ),
+    ] = 75.0,
     extra_path: Annotated[
         list[str] | None,
         typer.Option(help="A further path to route by the body's model.", rich_help_panel=_ROUTING),
@@ -175,7 +189,7 @@ def router(
         float,
         typer.Option(min=0.001, help="Seconds without a byte within an answer.", rich_help_panel=_RETRY),
     ] = 300.0,
-    max_buffered_size: Annotated[
+    max_buffered_bytes: Annotated[
         str,
         typer.Option(
             help="An answer that is no stream is kept up to this size until it is complete, to be retried if it "
@@ -245,9 +259,10 @@ def router(
     settings = RouterSettings(
         models=tuple(model or ()),
         paths=(*PATHS, *(path for path in extra_path or () if path not in PATHS)),
-        max_request_bytes=parse_bytes(max_request_size),
+        max_request_bytes=parse_bytes(max_request_bytes),
         body_timeout=body_timeout,
-        max_buffered_bytes=parse_bytes(max_buffered_size),
+        connection_timeout=connection_timeout,
+        max_buffered_bytes=parse_bytes(max_buffered_bytes),
         affinity_bytes=affinity_bytes,
         balance_factor=balance_factor,
         affinity_slack=affinity_slack,
@@ -272,8 +287,8 @@ def router(
         access_log=access_log,
     )
     keys = ApiKeys() if api_key_file is None else ApiKeys.read(api_key_file)
-    check_listener(host, keys)
-    tls = server_tls(tls_cert, tls_key, tls_client_ca)
+    check_listener(host, authenticated=bool(keys) or ssl_ca_certs is not None or allow_unauthenticated)
+    tls = server_tls(ssl_certfile, ssl_keyfile, ssl_ca_certs)
     key = None if backend_api_key_file is None else read_key(backend_api_key_file)
     if key is None and backend_plaintext:
         raise ConfigError("--backend-plaintext is about --backend-api-key-file, which is not given; leave it out")
@@ -286,7 +301,7 @@ def router(
         "selector": kubernetes_selector,
         "kubeconfig": kubeconfig,
         "context": kube_context,
-        "host": kubernetes_tls_name,
+        "host": kubernetes_ssl_name,
     }
     if kubernetes:
         sources.append(_kubernetes_source(check, scheme=kubernetes_scheme.value, **of_kubernetes))
@@ -294,7 +309,7 @@ def router(
         raise ConfigError("an option of Kubernetes is given, but not --kubernetes; give that, too")
     if not sources:
         raise ConfigError("no replicas: give --backend URL, --backends-file FILE or --kubernetes")
-    upstream = Upstream(settings, key, client_tls(backend_tls_ca, backend_tls_cert, backend_tls_key))
+    upstream = Upstream(settings, key, client_tls(backend_ssl_ca_certs, backend_ssl_certfile, backend_ssl_keyfile))
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("lightvllm").setLevel(log_level.upper())

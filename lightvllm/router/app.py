@@ -27,7 +27,7 @@ from lightvllm.router.keys import ApiKeys
 from lightvllm.router.metrics import CONTENT_TYPE, Metrics
 from lightvllm.router.pool import Pool
 from lightvllm.router.proxy import Proxy
-from lightvllm.router.replies import ApiError
+from lightvllm.router.replies import ApiError, request_id
 from lightvllm.router.settings import RouterSettings
 from lightvllm.router.sources import Source, follow
 from lightvllm.router.upstream import SERVER, Upstream
@@ -53,13 +53,13 @@ class Router:
 
     Attributes:
         draining: new requests are refused.
-        active: requests that are being answered.
+        busy: connections whose request is being answered, one at a time each.
     """
 
     def __init__(self, settings: RouterSettings, sources: list[Source], keys: ApiKeys, upstream: Upstream) -> None:
         self.settings, self.sources, self.keys, self.upstream = settings, sources, keys, upstream
         self.draining = False
-        self.active = 0
+        self.busy: set[object] = set()
         self.metrics = Metrics()
         self.prober: Prober
         self.pool = Pool(
@@ -82,8 +82,9 @@ class Router:
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """The request's id, the client's key, errors in OpenAI's shape."""
         given = request.headers.get("X-Request-Id", "")
-        request["id"] = name = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
-        self.active += 1
+        name = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(name)  # each connection's task handles one request after another
+        self.busy.add(request.protocol)
         try:
             self._admit(request)
             response = await handler(request)
@@ -97,7 +98,7 @@ class Router:
                 500, f"internal error (request {name}); the router's log has the details", code="internal_error"
             ).response()
         finally:
-            self.active -= 1
+            self.busy.discard(request.protocol)
         if not response.prepared:
             response.headers["X-Request-Id"] = name
             response.headers["Server"] = SERVER

@@ -55,23 +55,31 @@ class ApiKeys:
 
 
 def read_secret(path: Path, what: str) -> str:
-    """The file's text. Raises ConfigError if it is missing, no ASCII, or open to others.
+    """The file's text. Raises ConfigError if it is missing, no ASCII, or open to others."""
+    check_private(path, what)
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError as error:
+        raise ConfigError(f"{what} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{what} {path}: expected ASCII text") from None
+
+
+def check_private(path: Path, what: str) -> None:
+    """Raise ConfigError if the file is not there, or others than its owner can read it.
 
     A file of one's own must be open to nobody else; another's (a Kubernetes Secret's, which the kubelet mounts for the
     pod's group) must not be open to all.
     """
     try:
         status = path.stat()
-        text = path.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "expected ASCII text"
-        raise ConfigError(f"{what} {path}: {reason}") from None
+    except OSError as error:
+        raise ConfigError(f"{what} {path}: {error.strerror}") from None
     forbidden = 0o077 if status.st_uid == os.geteuid() else 0o007
     if status.st_mode & forbidden:
         raise ConfigError(
             f"{what} {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o}); run: chmod 600 {path}"
         )
-    return text
 
 
 def read_key(path: Path) -> str:

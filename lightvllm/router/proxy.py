@@ -24,7 +24,7 @@ from lightvllm.router.health import describe
 from lightvllm.router.metrics import Metrics
 from lightvllm.router.pool import Pool, Request
 from lightvllm.router.replica import Replica
-from lightvllm.router.replies import ApiError
+from lightvllm.router.replies import ApiError, request_id
 from lightvllm.router.settings import RouterSettings
 from lightvllm.router.upstream import Upstream, downstream_headers, read_most
 
@@ -177,6 +177,8 @@ class Proxy:
             self._pool.failed(replica, message)
             raise _Failed("timeout", message, lost=True) from None
         except _ANSWERED_BADLY as error:
+            if answer is None and isinstance(error, ValueError) and not isinstance(error, aiohttp.ClientError):
+                raise ApiError(400, f"a header of the request cannot be passed on: {error}") from None
             if context.reused and answer is None and time.monotonic() - sent < _STALE:
                 raise _Failed("stale", "it closed a kept connection") from None
             self._pool.failed(replica, describe(error))
@@ -316,7 +318,7 @@ class _Exchange:
 
     def __init__(self, request: web.Request, content: bytes, entry: Request, arrived: float) -> None:
         self.request = request
-        self.id: str = request["id"]
+        self.id = request_id.get()
         self.content = content
         self.entry = entry
         self.arrived = arrived

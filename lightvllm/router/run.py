@@ -19,7 +19,7 @@ from aiohttp import web
 
 from lightvllm.errors import ConfigError
 from lightvllm.router.app import ROUTER, Router
-from lightvllm.router.keys import ApiKeys
+from lightvllm.router.keys import check_private
 from lightvllm.router.replica import is_loopback
 
 logger = logging.getLogger(__name__)
@@ -28,12 +28,13 @@ _END = 2.0  # seconds in which cancelled requests may say goodbye
 _LOOK = 0.05
 
 
-def check_listener(host: str, keys: ApiKeys) -> None:
-    """Raise ConfigError if strangers could use the router: it asks for a key, or listens on loopback only."""
-    if not keys and not is_loopback(host):
+def check_listener(host: str, *, authenticated: bool) -> None:
+    """Raise ConfigError if strangers could use the router: clients prove who they are, or it listens on loopback."""
+    if not authenticated and not is_loopback(host):
         raise ConfigError(
-            f"--host {host} is not a loopback address, and without API keys anybody who reaches it could use the "
-            "models; give --api-key-file, or listen on 127.0.0.1"
+            f"--host {host} can be reached from other machines, and nobody would have to prove who they are; give "
+            "--api-key-file, require client certificates (--ssl-ca-certs), listen on 127.0.0.1, or accept that with "
+            "--allow-unauthenticated"
         )
 
 
@@ -41,10 +42,11 @@ def server_tls(cert: Path | None, key: Path | None, client_ca: Path | None = Non
     """TLS of the listener; with ``client_ca`` clients must have a certificate of that CA. Raises ConfigError."""
     if cert is None or key is None:
         if given := [str(path) for path in (cert, key, client_ca) if path is not None]:
-            raise ConfigError(f"TLS needs --tls-cert and --tls-key; only {', '.join(given)} is given")
+            raise ConfigError(f"TLS needs --ssl-certfile and --ssl-keyfile; only {', '.join(given)} is given")
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    check_private(key, "TLS key")
     _load_chain(context, cert, key)
     if client_ca is not None:
         _load_ca(context, client_ca)
@@ -55,7 +57,7 @@ def server_tls(cert: Path | None, key: Path | None, client_ca: Path | None = Non
 def client_tls(ca: Path | None, cert: Path | None, key: Path | None) -> ssl.SSLContext | bool:
     """TLS to replicas: trusts ``ca``, else the system's CAs; shows ``cert`` if there is one. Raises ConfigError."""
     if (cert is None) != (key is None):
-        raise ConfigError("a certificate for backends needs both --backend-tls-cert and --backend-tls-key")
+        raise ConfigError("a certificate for backends needs both --backend-ssl-certfile and --backend-ssl-keyfile")
     if ca is None and cert is None:
         return True
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -85,8 +87,11 @@ async def serve(
     Raises ConfigError if it cannot listen there.
     """
     router = app[ROUTER]
-    # Handlers end on their own, or are cancelled below: aiohttp itself need not wait for them.
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=_END, access_log=None)
+    # Handlers end on their own or are cancelled below; aiohttp need not wait for them.
+    idle = router.settings.connection_timeout
+    runner = web.AppRunner(
+        app, handler_cancellation=True, shutdown_timeout=_END, access_log=None, keepalive_timeout=idle
+    )
     with _signals() as received:
         await runner.setup()
         try:
@@ -96,23 +101,43 @@ async def serve(
             except OSError as error:
                 raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
             announce(_url(runner, tls))
-            first = await received.get()
+            sweeper = asyncio.create_task(_sweep(runner, router), name="router idle connections")
+            try:
+                first = await received.get()
+            finally:
+                sweeper.cancel()
             router.draining = True
             await site.stop()
-            logger.info("draining: %d requests", router.active)
+            logger.info("draining: %d requests", len(router.busy))
             if not await _drained(router, received):
-                logger.warning("%d requests did not finish and are ended", router.active)
+                logger.warning("%d requests did not finish and are ended", len(router.busy))
                 router.proxy.ending = True
         finally:
             await runner.cleanup()
     return first
 
 
+async def _sweep(runner: web.AppRunner, router: Router) -> None:
+    """Close connections that send no request, or half of one: aiohttp itself waits for them without end."""
+    limit = router.settings.connection_timeout
+    since: dict[object, float] = {}
+    while True:
+        await asyncio.sleep(limit / 4)
+        connections = runner.server.connections if runner.server is not None else []
+        now = asyncio.get_running_loop().time()
+        since = {c: since.get(c, now) for c in connections if c not in router.busy}
+        for connection in connections:
+            if now - since.get(connection, now) >= limit:
+                connection.force_close()
+                if connection.transport is not None:
+                    connection.transport.abort()
+
+
 async def _drained(router: Router, received: asyncio.Queue[int]) -> bool:
     """Whether all requests finished within the time-out, before another signal."""
     try:
         async with asyncio.timeout(router.settings.drain_timeout):
-            while router.active:
+            while router.busy:
                 if not received.empty():
                     return False
                 await asyncio.sleep(_LOOK)

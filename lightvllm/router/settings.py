@@ -33,6 +33,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
         paths: what is routed by the body's ``model``.
         max_request_bytes: longest body; more is 413. A body is kept in memory until the answer begins.
         body_timeout: within which a body must have come in full; then 408.
+        connection_timeout: how long a client's connection may stay without a complete request.
         max_buffered_bytes: an answer that is no stream is passed on in one piece up to this size, so that it can be
             retried when it breaks off.
         affinity_bytes: how much of a prompt, or of each message up to the first user's, decides on the replica; 0
@@ -67,6 +68,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
     paths: tuple[str, ...] = PATHS
     max_request_bytes: int = 32 * MiB
     body_timeout: float = 60.0
+    connection_timeout: float = 75.0
     max_buffered_bytes: int = 8 * MiB
     affinity_bytes: int = 1024
     balance_factor: float = 1.25
@@ -100,7 +102,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("hold_timeout", "drain_timeout", "keepalive", "max_ejection", "retry_timeout"):
             self._at_least(name, 0)
         for name in (
-            *("body_timeout", "connect_timeout", "header_timeout", "idle_timeout"),
+            *("body_timeout", "connection_timeout", "connect_timeout", "header_timeout", "idle_timeout"),
             *("health_interval", "health_timeout", "models_interval"),
         ):
             if not 0 < getattr(self, name) < math.inf:

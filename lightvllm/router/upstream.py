@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import ssl
 from collections.abc import Mapping
 from types import SimpleNamespace, TracebackType
@@ -15,6 +16,8 @@ from lightvllm.router.replica import Replica
 from lightvllm.router.settings import RouterSettings
 
 SERVER = "lightvllm-router"  # aiohttp would tell its version and Python's
+
+_ONE_PIECE = 1 << 20
 
 _HOP_BY_HOP = {  # RFC 9110, section 7.6.1
     "connection",
@@ -92,7 +95,9 @@ class Upstream:
             path: with the query, encoded.
             reused: gets an attribute ``reused`` if the connection has been used before.
         """
-        return await self._request("POST", replica, path, headers, trace_request_ctx=reused, data=content)
+        # aiohttp sends bytes in one piece, and warns of that for large ones.
+        data = content if len(content) < _ONE_PIECE else io.BytesIO(content)
+        return await self._request("POST", replica, path, headers, trace_request_ctx=reused, data=data)
 
     async def get(self, replica: Replica, path: str, timeout: float) -> tuple[int, bytes]:
         """Status and body, of at most 16 MiB. Raises aiohttp's errors, OSError and TimeoutError."""
