@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ MAX_GRAMMAR_CHARS = 128 * 1024
 """Of a schema, a regular expression, a grammar, or all choices together."""
 _MAX_LEXER_STATES = 20_000
 """Of one grammar; each takes 1 to 2 KiB. llguidance's own limit would let a request take 500 MB."""
+_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 _WHITESPACE = r"[\x20]?|\n[\x20\t]{0,40}"
 """Between the tokens of JSON. Without a bound, weak models go on with blanks for ever."""
 
@@ -41,9 +43,8 @@ def grammar_text(structured: StructuredOutputs) -> str:
         return LLMatcher.grammar_from_lark(_lark(structured.grammar))
     choice = structured.choice or ()
     _check_size("choice", sum(map(len, choice)))
-    # One terminal, because a rule has a bound of alternatives.
-    texts = " | ".join(json.dumps(one, ensure_ascii=False) for one in choice)
-    return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
+    # Not as a rule: that has a bound of alternatives.
+    return LLMatcher.grammar_from_regex("|".join(map(_literal, choice)))
 
 
 def limits() -> LLParserLimits:
@@ -86,6 +87,10 @@ def one_line(error: object) -> str:
     return f"{lines[0]} {cause}".strip()[:500]
 
 
+def _literal(text: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+
+
 def _ids(raw: dict[str, Any]) -> list[int]:
     vocab = raw["model"]["vocab"]
     known = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
@@ -110,9 +115,11 @@ def _schema_grammar(text: str) -> str:
 
 
 def _lark(text: str) -> str:
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
+    if _GBNF_RULE.search(text) is None:
+        return text
     try:
-        return any_to_lark(text)
+        return gbnf_to_lark(text)
     except Exception as error:  # noqa: BLE001  the converter raises bare Exceptions
         raise ConfigError(f"structured_outputs: the grammar cannot be read: {one_line(error)}") from None

@@ -106,6 +106,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     sampling: SamplingParams
     stop_token_ids: list[int]  # tokens that may not be sampled before min_tokens
+    bad_words: list[list[int]] = []  # token sequences that may not be completed
 
 
 SAMPLED_LAST = -1
@@ -165,6 +166,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
     """A step's result, one entry per sequence that was sampled, in the order of ``StepInput.scheduled``.
 
     Attributes:
+        errors: by seq_id, why no token could be chosen; the sequence's entry of ``token_ids`` means nothing then.
         model_seconds: time the output rank spent in this step, sampling included.
         logits: float32, [sampled, vocab_size], before penalties; only if ``EngineConfig.return_logits``.
     """
@@ -173,6 +175,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
     seq_ids: list[int]
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = {}  # by seq_id
+    errors: dict[int, str] = {}
     model_seconds: float = 0.0
     logits: Tensor | None = None
 
@@ -187,6 +190,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
             seq_ids=seq_ids,
             token_ids=list(itertools.compress(self.token_ids, wanted)),
             logprobs={seq_id: found for seq_id, found in self.logprobs.items() if seq_id in seq_ids},
+            errors={seq_id: error for seq_id, error in self.errors.items() if seq_id in seq_ids},
             logits=logits,
         )
 

@@ -160,8 +160,10 @@ class LLMEngine:
         check_stream(stream)
         params = self._intake.params(sampling_params)
         text, token_ids = self._intake.prompt(prompt)
+        bad_words = self._intake.bad_words(params)
         max_len = self._max_len if params.max_tokens is None else len(token_ids) + params.max_tokens
-        eos = () if params.ignore_eos else self.config.model.eos_token_ids
+        # A grammar allows the end-of-sequence token only where it may end, and must be able to.
+        eos = () if params.ignore_eos and not params.structured_outputs else self.config.model.eos_token_ids
         completions = []
         for index in range(params.n):
             drawn = self._seeds.getrandbits(63)  # drawn for every sequence, so that one's seed moves no other's
@@ -173,6 +175,7 @@ class LLMEngine:
                 seed=drawn if params.seed is None else (params.seed + index) % 2**63,
                 sampling=params,
                 stop_token_ids=frozenset((*eos, *(params.stop_token_ids or ()))),
+                bad_words=bad_words,
                 max_len=min(max_len, self._max_len),
                 priority=priority,
             )
@@ -314,11 +317,16 @@ class LLMEngine:
         now = time.monotonic()
         changed: dict[str, Request] = {}
         alive = self.scheduler.update(batch, output.token_ids)
-        self._generation_tokens += len(alive)
+        self._generation_tokens += sum(seq.seq_id not in output.errors for seq in alive)
         eos_token_ids, logprobs = self.config.model.eos_token_ids, output.logprobs
         for seq in alive:
             completion = self._completions[seq.seq_id]
-            if completion.append(logprobs.get(seq.seq_id), eos_token_ids):
+            error = output.errors.get(seq.seq_id)
+            if error is not None:
+                completion.fail(error)
+            else:
+                completion.append(logprobs.get(seq.seq_id), eos_token_ids)
+            if seq.finish_reason is not None:
                 self._finish(completion)
             request = changed[seq.request_id] = self._requests[seq.request_id]
             metrics = request.metrics

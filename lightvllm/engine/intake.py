@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from lightvllm.config import EngineConfig
+from lightvllm.engine.structured import check_structured
 from lightvllm.engine.tokenizer import Tokenizer
 from lightvllm.errors import ConfigError
 from lightvllm.sampling_params import SamplingParams
 
 MAX_PRIORITY = 2**31 - 1
+MAX_BAD_WORDS = 1024
 
 
 class TokensPrompt(TypedDict):
@@ -65,11 +67,31 @@ class Intake:
         if not isinstance(params, SamplingParams):
             raise ConfigError(f"sampling_params is {params!r:.80}; expected SamplingParams")
         vocab_size = self._config.model.vocab_size
-        if wrong := [i for i in params.stop_token_ids or () if not 0 <= i < vocab_size]:
-            raise ConfigError(f"stop_token_ids={wrong} are not in the vocabulary; use 0 to {vocab_size - 1}")
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            if wrong := [i for i in getattr(params, name) or () if not 0 <= i < vocab_size]:
+                raise ConfigError(f"{name}={wrong[:8]} are not in the vocabulary; use 0 to {vocab_size - 1}")
+        if params.structured_outputs is not None:
+            check_structured(params.structured_outputs, self._config.model)
         if params.stop and self._tokenizer is None:
             raise ConfigError(f"stop={params.stop!r} needs text, but there is no tokenizer; use stop_token_ids")
         return params
+
+    def bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Each of ``params.bad_words`` as tokens, without and with a space before it (vLLM's rule)."""
+        words = params.bad_words or ()
+        if len(words) > MAX_BAD_WORDS:
+            raise ConfigError(f"bad_words has {len(words)} words; use at most {MAX_BAD_WORDS}")
+        if words and self._tokenizer is None:
+            raise ConfigError(f"bad_words={words!r:.80} need text, but there is no tokenizer; use logit_bias")
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare = word.lstrip() or word
+            for text in (bare, f" {bare}"):
+                token_ids = self._tokenizer.encode(text, add_special_tokens=False) if self._tokenizer else []
+                if not token_ids:
+                    raise ConfigError(f"bad_words: {word!r} has no tokens; leave it out")
+                found[tuple(token_ids)] = None
+        return [list(token_ids) for token_ids in found]
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         text: str | None = None

@@ -27,8 +27,10 @@ class CompletionOutput:
         token_ids: cumulative, a stop or end-of-sequence token included.
         cumulative_logprob: sum over all tokens so far; None unless ``SamplingParams.logprobs`` is set.
         logprobs: per token, by token id: the chosen one first, then the most probable ones.
-        finish_reason: ``"stop"``, ``"length"``, ``"abort"``, ``"timeout"``, or None while unfinished.
-        stop_reason: the stop string or stop token id that ended it; None for the end-of-sequence token.
+        finish_reason: ``"stop"``, ``"length"``, ``"abort"``, ``"timeout"``, ``"error"`` (no token could be chosen: a
+            grammar beyond its limits, or masks that leave nothing), or None while unfinished.
+        stop_reason: the stop string or stop token id that ended it, or what the error is; None for the
+            end-of-sequence token.
     """
 
     index: int

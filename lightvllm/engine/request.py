@@ -30,8 +30,9 @@ class Completion:
     def append(self, logprobs: TokenLogprobs | None, eos_token_ids: Collection[int]) -> bool:
         """Account for the token that the sequence has just got; True if it ends the sequence.
 
-        In this order: a stop token or end-of-sequence token (not before ``min_tokens``), ``Sequence.max_len`` tokens in
-        all (which covers ``max_tokens``); and over those, a stop string in the text.
+        In this order: a stop token or end-of-sequence token (not before ``min_tokens``, unless a grammar wants the end
+        there), ``Sequence.max_len`` tokens in all (which covers ``max_tokens``); and over those, a stop string in the
+        text.
         """
         seq, sampling = self.seq, self.seq.sampling
         token_id = seq.token_ids[-1]
@@ -39,9 +40,11 @@ class Completion:
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(self._describe(token_id, logprobs))
             self._cumulative_logprob += logprobs.logprob
-        if token_id in seq.stop_token_ids and seq.num_output_tokens >= sampling.min_tokens:
+        structured = sampling.structured_outputs is not None
+        if token_id in seq.stop_token_ids and (structured or seq.num_output_tokens >= sampling.min_tokens):
             seq.finish_reason = "stop"
-            seq.stop_reason = None if token_id in eos_token_ids and not sampling.ignore_eos else token_id
+            is_end = token_id in eos_token_ids and (structured or not sampling.ignore_eos)
+            seq.stop_reason = None if is_end else token_id
         elif len(seq.token_ids) >= seq.max_len:
             seq.finish_reason = "length"
         if self._detokenizer is not None:
@@ -53,6 +56,12 @@ class Completion:
             if stop is not None:
                 seq.finish_reason, seq.stop_reason = "stop", stop
         return seq.finish_reason is not None
+
+    def fail(self, error: str) -> None:
+        """End it, because the workers could choose no token: the one that it got means nothing, and is taken back."""
+        self.seq.token_ids.pop()
+        self.seq.stop_reason = error
+        self.finish("error")
 
     def finish(self, reason: FinishReason) -> None:
         """End it from outside; the text that was held back becomes final."""

@@ -189,7 +189,15 @@ class Scheduler:
                 break
             tokens = seq.token_ids.copy()
             new.append(
-                NewSequence(seq.seq_id, tokens, seq.prompt_len, seq.seed, seq.sampling, sorted(seq.stop_token_ids))
+                NewSequence(
+                    seq.seq_id,
+                    tokens,
+                    seq.prompt_len,
+                    seq.seed,
+                    seq.sampling,
+                    sorted(seq.stop_token_ids),
+                    seq.bad_words,
+                )
             )
             seq.num_sent_tokens = len(tokens)
             take(seq)

@@ -12,7 +12,7 @@ from typing import Literal
 from lightvllm.engine.block_manager import hash_block
 from lightvllm.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort", "timeout"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 
 class SequenceStatus(enum.Enum):
@@ -35,8 +35,10 @@ class Sequence:
         max_len: tokens, prompt included, at which it ends at the latest.
         priority: lower goes first; equal ones in order of arrival.
         finish_reason: ``"stop"`` (end-of-sequence, stop token or stop string), ``"length"``, ``"abort"`` or
-            ``"timeout"`` (the request's own time-out).
-        stop_reason: the stop token or stop string that ended it; None for the end-of-sequence token, as in vLLM.
+            ``"timeout"`` (the request's own time-out), or ``"error"`` (no token could be chosen).
+        bad_words: token sequences that may not be completed.
+        stop_reason: the stop token or stop string that ended it, or what the error is; None for the end-of-sequence
+            token, as in vLLM.
         num_in_flight: batches that it is in and whose result has not been seen yet.
         num_pending: tokens that these will add: sampled, but not yet known here.
         num_computed_tokens: tokens whose keys and values are in the cache, those in flight included.
@@ -56,6 +58,7 @@ class Sequence:
     stop_token_ids: frozenset[int] = frozenset()
     max_len: int = 2**63 - 1
     priority: int = 0
+    bad_words: list[list[int]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     status: SequenceStatus = SequenceStatus.WAITING

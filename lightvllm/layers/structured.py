@@ -20,7 +20,7 @@ from lightvllm.grammar import grammar_text, limits, load_tokenizer, one_line
 from lightvllm.sampling_params import StructuredOutputs
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
 
 Ids = np.ndarray[Any, np.dtype[np.intp]]
 
@@ -38,16 +38,24 @@ class Grammars:
         self._compiled: OrderedDict[StructuredOutputs, Future[LLMatcher]] = OrderedDict()
         self._compiler: ThreadPoolExecutor | None = None
 
+    def warm_up(self) -> None:
+        """Begin to load the tokenizer, if the model can have structured outputs at all; returns at once."""
+        if self._model.eos_token_ids:
+            self._thread().submit(_load_tokenizer, self._model)
+
     def constraint(self, structured: StructuredOutputs) -> Constraint:
         """A new sequence's. Returns at once; the grammar is compiled meanwhile."""
-        if self._compiler is None:
-            self._compiler = ThreadPoolExecutor(1, thread_name_prefix="lightvllm-grammar")
         if structured not in self._compiled:
-            self._compiled[structured] = self._compiler.submit(_compile, self._model, structured)
+            self._compiled[structured] = self._thread().submit(_compile, self._model, structured)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(structured)
         return Constraint(self._compiled[structured])
+
+    def _thread(self) -> ThreadPoolExecutor:
+        if self._compiler is None:
+            self._compiler = ThreadPoolExecutor(1, thread_name_prefix="lightvllm-grammar")
+        return self._compiler
 
 
 class Constraint:
@@ -83,11 +91,14 @@ class Constraint:
         return np.flatnonzero(bits.view(np.bool_))
 
 
+def _load_tokenizer(model: ModelConfig) -> LLTokenizer:
+    return load_tokenizer(model.path, model.vocab_size, model.eos_token_ids)
+
+
 def _compile(model: ModelConfig, structured: StructuredOutputs) -> LLMatcher:
     from llguidance import LLMatcher
 
-    tokenizer = load_tokenizer(model.path, model.vocab_size, model.eos_token_ids)
-    matcher = LLMatcher(tokenizer, grammar_text(structured), log_level=0, limits=limits())
+    matcher = LLMatcher(_load_tokenizer(model), grammar_text(structured), log_level=0, limits=limits())
     if matcher.is_error():
         raise LightvllmError(f"structured_outputs: {one_line(matcher.get_error())}")
     return matcher

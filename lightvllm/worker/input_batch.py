@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lightvllm.errors import LightvllmError
 from lightvllm.layers.attention import AttentionMetadata
-from lightvllm.layers.sampler import SamplingState
-from lightvllm.messages import SAMPLED_LAST, ScheduledSequence, StepInput
+from lightvllm.layers.sampler import SamplingState, bad_words_table
+from lightvllm.layers.structured import Grammars
+from lightvllm.messages import SAMPLED_LAST, NewSequence, ScheduledSequence, StepInput
 
 Share = Callable[[list[int | None]], list[int]]
 
@@ -70,9 +71,17 @@ class Batch:
 class SequenceTable:
     """All sequences that this worker knows, by id."""
 
-    def __init__(self, block_size: int, num_blocks: int, max_model_len: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        num_blocks: int,
+        max_model_len: int,
+        device: torch.device,
+        grammars: Grammars | None = None,
+    ) -> None:
+        """``grammars`` where tokens are sampled: there alone sequences are held to their structured outputs."""
         self._block_size, self._num_blocks, self._max_model_len = block_size, num_blocks, max_model_len
-        self._device = device
+        self._device, self._grammars = device, grammars
         self._sequences: dict[int, SequenceState] = {}
 
     def __len__(self) -> int:
@@ -86,9 +95,21 @@ class SequenceTable:
         for seq_id in step.finished:
             self._sequences.pop(seq_id, None)
         for new in step.new:
-            self._sequences[new.seq_id] = SequenceState(
-                SamplingState(new.sampling, new.seed, new.prompt_len, new.stop_token_ids, list(new.token_ids))
-            )
+            self._sequences[new.seq_id] = SequenceState(self._sampling(new))
+
+    def _sampling(self, new: NewSequence) -> SamplingState:
+        structured, constraint = new.sampling.structured_outputs, None
+        if structured is not None and self._grammars is not None:
+            constraint = self._grammars.constraint(structured)
+        return SamplingState(
+            new.sampling,
+            new.seed,
+            new.prompt_len,
+            new.stop_token_ids,
+            list(new.token_ids),
+            bad_words_table(new.bad_words),
+            constraint,
+        )
 
     def batch(self, scheduled: list[ScheduledSequence], share: Share) -> Batch:
         """Take in the new tokens and blocks, and lay the batch out. ``scheduled`` is not empty.

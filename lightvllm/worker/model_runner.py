@@ -15,6 +15,7 @@ from lightvllm.layers.attention import AttentionBackend, KVCache
 from lightvllm.layers.memory import Memory
 from lightvllm.layers.parallel import ParallelContext
 from lightvllm.layers.sampler import sample
+from lightvllm.layers.structured import Grammars
 from lightvllm.layers.weights import parameter_bytes
 from lightvllm.messages import NewSequence, ScheduledSequence, StepInput, StepOutput
 from lightvllm.messages import Tensor as TensorMessage
@@ -50,7 +51,9 @@ class ModelRunner:
         load_weights(self._model, config.model)
         self.parameter_bytes = parameter_bytes(self._model.weights())
         self._caches: list[KVCache] = []
-        self._sequences = SequenceTable(self._block_size, 0, config.model.max_model_len, self._device)
+        samples = parallel.is_last_stage and parallel.tp_rank == 0
+        self._grammars = Grammars(config.model) if samples else None
+        self._sequences = self._table(0)
 
     @property
     def bytes_per_block(self) -> int:
@@ -82,7 +85,11 @@ class ModelRunner:
             return cache if self._device.type == "cpu" else cache.zero_()
 
         self._caches = [(zeros(), zeros()) for _ in range(self._model.num_layers)]
-        self._sequences = SequenceTable(self._block_size, num_blocks, self._config.model.max_model_len, self._device)
+        self._sequences = self._table(num_blocks)
+
+    def _table(self, num_blocks: int) -> SequenceTable:
+        longest = self._config.model.max_model_len
+        return SequenceTable(self._block_size, num_blocks, longest, self._device, self._grammars)
 
     def release_cache(self) -> None:
         self._caches = []
@@ -187,18 +194,24 @@ class ModelRunner:
         token_ids, logprobs = sample(logits, [state.sampling for state in batch.sampled])
         for state, token_id in zip(batch.sampled, token_ids, strict=True):
             state.sampled_last = token_id
+        errors = [(seq_id, state.sampling.error) for seq_id, state in zip(batch.seq_ids, batch.sampled, strict=True)]
         return StepOutput(
             step=step.step,
             seq_ids=batch.seq_ids,
             token_ids=token_ids,
             logprobs={s: lp for s, lp in zip(batch.seq_ids, logprobs, strict=True) if lp is not None},
+            errors={seq_id: error for seq_id, error in errors if error is not None},
             logits=_message(logits) if self.return_logits else None,
             model_seconds=time.perf_counter() - began,
         )
 
     def warm_up(self) -> None:
         """Run a prefill and a decode in the first block of the cache, so that the first real step finds kernels
-        built and memory allocated. Every rank must do it, at the same point, when no sequence is alive."""
+        built and memory allocated. Every rank must do it, at the same point, when no sequence is alive.
+
+        What structured outputs need is made beside it, and nothing waits for that."""
+        if self._grammars is not None:
+            self._grammars.warm_up()
         length = min(self._block_size, self._config.model.max_model_len)
         self._dummy_steps([max(1, length - 1)], then_decode=length > 1)
 

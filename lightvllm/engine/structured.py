@@ -1,0 +1,135 @@
+"""Whether a structured output can be had, found out before its request is queued.
+
+Nearly every grammar is checked here, in about a millisecond. llguidance's limits do not cover all that it does while
+it compiles, though: some twenty patterns that must all hold take it minutes. So what could be of that kind, and what is
+long, is compiled by a process of its own first, which is ended after ``CHECK_SECONDS``::
+
+    python -m lightvllm.engine.structured < GRAMMAR_AND_TOKENIZER_AS_JSON
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from lightvllm.config import ModelConfig
+from lightvllm.errors import ConfigError
+from lightvllm.grammar import grammar_text, limits, load_tokenizer, one_line
+from lightvllm.sampling_params import StructuredOutputs
+
+CHECK_SECONDS = 2.0
+"""With about half a second for its start and the tokenizer."""
+_CHECK_BYTES = 2**30
+_LONG = 16 * 1024
+_FEW_PATTERNS = 4
+_NO_TOKENIZER = "no tokenizer"  # llguidance's warning about what names tokens
+
+
+def check_structured(structured: StructuredOutputs, model: ModelConfig) -> None:
+    """Raise ConfigError, in one line, unless the model can be held to it.
+
+    Any thread may call it. What was found is kept, so that a server that calls it from a thread of its own first
+    keeps its engine from waiting.
+    """
+    if not model.eos_token_ids:
+        raise ConfigError(
+            "structured_outputs need an end-of-sequence token, and the model names none; set eos_token_id in its "
+            "config.json or generation_config.json"
+        )
+    if not (Path(model.path) / "tokenizer.json").is_file():
+        raise ConfigError(f"structured_outputs need the model's tokenizer, and {model.path} has no tokenizer.json")
+    problem = _problem(structured, model.path, model.vocab_size, model.eos_token_ids)
+    if problem:
+        raise ConfigError(problem)
+
+
+@functools.lru_cache(maxsize=1024)
+def _problem(structured: StructuredOutputs, path: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> str:
+    from llguidance import LLMatcher
+
+    question = _Question(structured, path, vocab_size, eos_token_ids)
+    if _may_be_slow(structured):
+        return _compiled_apart(question)
+    try:
+        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar_text(structured), limits=limits())
+    except ConfigError as error:
+        return str(error)
+    if failed:
+        return _refusal(structured, messages[0])
+    if any(message.startswith(_NO_TOKENIZER) for message in messages):
+        return _compiled(question)
+    return ""
+
+
+class _Question(msgspec.Struct, frozen=True):
+    structured: StructuredOutputs
+    path: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+def _compiled(question: _Question) -> str:
+    """What is found wrong by compiling it as the workers will, or ``""``."""
+    from llguidance import LLMatcher
+
+    try:
+        tokenizer = load_tokenizer(question.path, question.vocab_size, question.eos_token_ids)
+        matcher = LLMatcher(tokenizer, grammar_text(question.structured), log_level=0, limits=limits())
+    except ConfigError as error:
+        return str(error)
+    return _refusal(question.structured, matcher.get_error()) if matcher.is_error() else ""
+
+
+def _refusal(structured: StructuredOutputs, message: str) -> str:
+    return f"structured_outputs: the {structured.kind} is refused: {one_line(message)}"
+
+
+def _may_be_slow(structured: StructuredOutputs) -> bool:
+    """Whether it is long, or may have patterns of which several must hold for one string."""
+    if structured.json is not None:
+        try:
+            text = json.dumps(json.loads(str(structured.json)))
+        except (ValueError, RecursionError):
+            return False  # refused at once
+        return len(text) > _LONG or text.count('"pattern') > _FEW_PATTERNS
+    if structured.grammar is not None:
+        return len(structured.grammar) > _LONG or not set("&~%").isdisjoint(structured.grammar)
+    return len(structured.regex or "") > _LONG
+
+
+def _compiled_apart(question: _Question) -> str:
+    structured = question.structured
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=msgspec.json.encode(question),
+            capture_output=True,
+            timeout=CHECK_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return _refusal(structured, f"it takes more than {CHECK_SECONDS:g} s to compile; use a simpler one")
+    if done.returncode:
+        reason = one_line(done.stderr.decode(errors="replace")) if done.returncode > 0 else "too much memory or depth"
+        return _refusal(structured, f"it cannot be compiled ({reason}); use a simpler one")
+    return done.stdout.decode()
+
+
+def main() -> None:
+    """Read a question from standard input, and write what is wrong."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_CHECK_BYTES, _CHECK_BYTES))
+    except (ImportError, ValueError, OSError):
+        pass  # the time-out holds all the same
+    sys.stdout.write(_compiled(msgspec.json.decode(sys.stdin.buffer.read(), type=_Question)))
+
+
+if __name__ == "__main__":
+    main()
