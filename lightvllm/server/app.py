@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from lightvllm.engine.protocol import EngineClient
-from lightvllm.server import errors, health, metrics, openapi, status
+from lightvllm.server import api, errors, health, metrics, openapi, status
 from lightvllm.server.access import Access
 from lightvllm.server.lifecycle import Lifecycle
 from lightvllm.server.metrics import Metrics
@@ -64,6 +64,7 @@ def create_app(client: EngineClient | None, settings: ServerSettings) -> FastAPI
     app.include_router(health.router)
     app.include_router(metrics.router)
     app.include_router(status.router)
+    app.include_router(api.router, dependencies=[Depends(in_flight)])
     openapi.describe(app, settings)
     if client is not None:
         attach_engine(app, client)
