@@ -96,11 +96,8 @@ class Link:
         poll = select.poll()
         poll.register(self._wake_read, select.POLLIN)
         while True:
-            poll.register(self._frames, select.POLLIN | (select.POLLOUT if self._blocked else 0))
-            ready = dict(poll.poll())
-            if self._wake_read in ready:
-                os.read(self._wake_read, 1)
             try:
+                # Before the first wait: what came together with Start has been taken from the socket already.
                 received = self._frames.receive()
                 while received:
                     self._on_command(decode_command(received.popleft()[3]))
@@ -109,6 +106,10 @@ class Link:
             except ConnectionError:
                 self._on_gone()
                 return
+            poll.register(self._frames, select.POLLIN | (select.POLLOUT if self._blocked else 0))
+            ready = dict(poll.poll())
+            if self._wake_read in ready:
+                os.read(self._wake_read, 1)
 
 
 def main(fd: int) -> NoReturn:
