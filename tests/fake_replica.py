@@ -254,7 +254,7 @@ async def routing(
     if not sources or isinstance(sources[0], FakeReplica):
         sources = [StaticList([f"m={replica.url}" for replica in sources])]
     app = create_app(used, sources, keys, Upstream(used, backend_key))
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0, lingering_time=0.1)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()

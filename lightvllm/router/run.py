@@ -25,6 +25,7 @@ from lightvllm.router.replica import is_loopback
 logger = logging.getLogger(__name__)
 
 _END = 2.0  # seconds in which cancelled requests may say goodbye
+_LINGER = 2.0  # seconds in which the rest of a refused body is read, so that the client can read the refusal
 _LOOK = 0.05
 
 
@@ -90,7 +91,12 @@ async def serve(
     # Handlers end on their own or are cancelled below; aiohttp need not wait for them.
     idle = router.settings.connection_timeout
     runner = web.AppRunner(
-        app, handler_cancellation=True, shutdown_timeout=_END, access_log=None, keepalive_timeout=idle
+        app,
+        handler_cancellation=True,
+        shutdown_timeout=_END,
+        lingering_time=_LINGER,
+        access_log=None,
+        keepalive_timeout=idle,
     )
     with _signals() as received:
         await runner.setup()
