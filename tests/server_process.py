@@ -25,7 +25,13 @@ class ServerProcess:
 
     def __init__(self, command: Sequence[str], env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=env
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            env=env,
+            start_new_session=True,  # so that a test can signal the whole group as a terminal does
         )
         self.out: list[str] = []
         self.err: list[str] = []

@@ -130,6 +130,7 @@ def serve(
     where = listen.settings()
     tls = tls_context(where)
     configure_logging(settings.log_format, log_level.value)  # type: ignore[arg-type]
+    app = create_app(None, settings)
     listener = bind(where, authenticated=bool(settings.api_keys) or where.ssl_cert_reqs == 2)
     address = url(listener, tls=tls is not None)
     typer.echo(f"listening on {address}; loading {model}")
@@ -157,7 +158,7 @@ def serve(
 
     with contextlib.ExitStack() as starting:
         number = run(
-            create_app(None, settings),
+            app,
             listener,
             where,
             start_engine,

@@ -229,6 +229,7 @@ def _config(app: FastAPI, listen: ListenSettings, tls: ssl.SSLContext | None) ->
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level="warning",  # starting and stopping are told by the caller, in its words
         access_log=False,
         server_header=False,
         backlog=listen.backlog,
