@@ -72,10 +72,10 @@ def test_a_unix_socket_of_a_killed_server_is_taken_over(tmp_path):
     with socket.socket(socket.AF_UNIX) as killed:
         killed.bind(str(path))
     bind(ListenSettings(uds=str(path)), authenticated=False).close()
-    path.write_text("mine")
+    (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="the file is no socket"):
-        bind(ListenSettings(uds=str(path)), authenticated=False)
-    assert path.read_text() == "mine"
+        bind(ListenSettings(uds=str(tmp_path / "file")), authenticated=False)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.fixture(scope="module")
