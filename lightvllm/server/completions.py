@@ -263,7 +263,8 @@ class _Writer:
         """Of the generated tokens; at the ``first`` ones of an echoed prompt's, too."""
         parts, begin = [], 0
         if first and self.request.echo:
-            parts.append(writer.write(self._prompt_ids(number), self._scores[number], begins_at=0))
-            begin = len(self._echoed(number))
+            text = self._echoed(number)
+            parts.append(writer.write(self._prompt_ids(number), self._scores[number], begins_at=0, text=text))
+            begin = len(text)
         parts.append(writer.write(completion.token_ids, completion.logprobs or [], begins_at=begin if first else None))
         return join_logprobs(parts)

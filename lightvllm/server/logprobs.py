@@ -61,12 +61,17 @@ class CompletionLogprobWriter:
         self._offset = self._floor = 0
 
     def write(
-        self, token_ids: Sequence[int], positions: Sequence[Described | None], begins_at: int | None = None
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[Described | None],
+        begins_at: int | None = None,
+        text: str = "",
     ) -> dict[str, list[Any]]:
         """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}`` of the next tokens.
 
         Args:
             begins_at: they begin a text, which stands at this offset; None: they continue the one before.
+            text: of an echoed prompt, in which special tokens may have been written out.
         """
         if begins_at is not None:
             self._begin(token_ids, begins_at)
@@ -76,19 +81,26 @@ class CompletionLogprobWriter:
         offsets: list[int] = []
         for token_id, position in zip(token_ids, positions, strict=True):
             tokens.append(token_text(self._tokenizer, token_id, self._as_ids))
+            raw = self._tokenizer.token_bytes(token_id)
+            if raw[:1] < b"\x80" or raw[:1] >= b"\xc0":  # a character begins: bytes before it that are none are done
+                self._offset += len(self._characters.decode(b"", final=True))
             offsets.append(max(self._floor, self._offset))
-            if token_id not in self._skipped:
-                self._offset += len(self._characters.decode(self._tokenizer.token_bytes(token_id)))
+            if token_id not in self._skipped or (text and self._is_at(text, token_id)):
+                self._offset += len(self._characters.decode(raw))
             if position is None:
                 chosen.append(None)
                 tops.append(None)
                 continue
             chosen.append(_finite(position[token_id].logprob))
-            top = dict([(token_id, position[token_id]), *_most_probable(position, self._count)])
-            tops.append(
-                {token_text(self._tokenizer, i, self._as_ids): _finite(found.logprob) for i, found in top.items()}
-            )
+            top: dict[str, float] = {}
+            for i, found in [(token_id, position[token_id]), *_most_probable(position, self._count)]:
+                # Two tokens may read alike; the chosen one, and then the more probable one, is told.
+                top.setdefault(token_text(self._tokenizer, i, self._as_ids), _finite(found.logprob))
+            tops.append(top)
         return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
+
+    def _is_at(self, text: str, token_id: int) -> bool:
+        return text.startswith(token_text(self._tokenizer, token_id), max(0, self._offset))
 
     def _begin(self, token_ids: Sequence[int], offset: int) -> None:
         """Some decoders drop the space before the first token of a text."""
