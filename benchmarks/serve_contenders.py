@@ -48,6 +48,7 @@ class Setting:
     max_num_seqs: int
     max_model_len: int
     prefix_caching: bool
+    kv_cache_memory: str | None = None  # per worker; None leaves it to the engine. Not for vLLM
 
 
 def environment(setting: Setting, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -147,8 +148,10 @@ class LightvllmServer(Server):
         caching = "--enable-prefix-caching" if setting.prefix_caching else "--no-enable-prefix-caching"
         command = [sys.executable, "-c", run, "serve", setting.model, "--port", "0", "--dtype", setting.dtype]
         command += ["--threads", str(setting.threads), "--max-num-seqs", str(setting.max_num_seqs)]
-        command += ["--max-model-len", str(setting.max_model_len), caching, *options]
-        super().__init__(command, setting)
+        command += ["--max-model-len", str(setting.max_model_len), caching]
+        if setting.kv_cache_memory is not None:
+            command += ["--kv-cache-memory", setting.kv_cache_memory]
+        super().__init__([*command, *options], setting)
 
     def find_url(self) -> str:
         found = re.search(r"listening on (http://\S+?);", self.said())
@@ -242,6 +245,7 @@ def _serve_offline(setting: Setting) -> None:
         max_num_seqs=setting.max_num_seqs,
         max_model_len=setting.max_model_len,
         enable_prefix_caching=setting.prefix_caching,
+        kv_cache_memory=setting.kv_cache_memory,
     )
     with llm:
         print(json.dumps("ready"), file=answers, flush=True)
