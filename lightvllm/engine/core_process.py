@@ -76,7 +76,8 @@ class ProcessCore:
         self._socket = mine
         self._frames = FrameSocket(mine, MAX_FRAME_BYTES, spin=0)
         self._loop.add_reader(mine, self._on_readable)
-        threading.Thread(target=self._wait, name=f"lightvllm-engine-{self.pid}", daemon=True).start()
+        self._waiter = threading.Thread(target=self._wait, name=f"lightvllm-engine-{self.pid}", daemon=True)
+        self._waiter.start()
         self.send(
             Start(
                 engine=configured.engine,
@@ -102,10 +103,8 @@ class ProcessCore:
                 break
             except TimeoutError:
                 self._kill()
-        if not self._closed:
-            self._closed = True
-            self._stop_listening()
-            self._frames.close()
+        self._close()
+        self._waiter.join(FORCED_SECONDS)
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):
@@ -113,6 +112,8 @@ class ProcessCore:
         if not self._gone.wait(self._shutdown_timeout):
             self._kill()
             self._gone.wait(FORCED_SECONDS)
+        if self._loop.is_closed():  # otherwise it is in use there
+            self._frames.close()
 
     # --------------------------------------------------------------------------------------- in the event loop
 
@@ -155,6 +156,13 @@ class ProcessCore:
             died = WorkerDied(f"engine process {self.pid}", how, rank=0 if self._runs_worker else None)
             self._deliver([Ended(Failure.of(died))])
         self._over.set()
+        self._close()
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._stop_listening()
+            self._frames.close()
 
     # ---------------------------------------------------------------------------------------------- anywhere
 

@@ -71,6 +71,7 @@ class ThreadCore:
             except TimeoutError:
                 await asyncio.to_thread(self._core.force)
         self._take()
+        self._thread.join(0 if not self._ended.is_set() else FORCED_SECONDS)  # it has said that it is about to return
 
     def abandon(self) -> None:
         self._core.post(Stop())
