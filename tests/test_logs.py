@@ -1,0 +1,80 @@
+"""How a line of log looks, for people and for machines."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from lightvllm import logs
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """The process's logging is left as it was."""
+    root, ours = logging.getLogger(), logging.getLogger("lightvllm")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+    logging.captureWarnings(False)
+
+
+def test_json_is_one_object_a_line() -> None:
+    stream = io.StringIO()
+    logs.configure("json", "info", stream=stream, rank=3)
+    logger = logging.getLogger("lightvllm.some.module")
+    token = logs.request_id.set("r-1")
+    logger.info("a\nb %s", "ü", extra={"model": "m", "nothing": None})
+    logs.request_id.reset(token)
+    logger.warning("%(path)s took %(seconds)d s", {"path": "/x", "seconds": 2})
+    try:
+        raise ValueError("no")
+    except ValueError:
+        logger.exception("it failed", extra={"request_id": "r-2", "worker": object})
+    first, second, third = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("time"))
+    assert first == {
+        "level": "info",
+        "logger": "lightvllm.some.module",
+        "message": "a\nb ü",
+        "rank": 3,
+        "model": "m",
+        "request_id": "r-1",
+    }
+    assert (second["message"], second["path"], second["seconds"]) == ("/x took 2 s", "/x", 2)
+    assert "request_id" not in second
+    assert (third["level"], third["request_id"]) == ("error", "r-2")
+    assert "ValueError: no" in third["exception"]
+
+
+def test_text_is_for_people() -> None:
+    stream = io.StringIO()
+    logs.configure("text", "debug", stream=stream)
+    logging.getLogger("lightvllm.x").debug("%(path)s is %(what)s", {"path": "/x", "what": "there"}, extra={"rank": 1})
+    logging.getLogger("lightvllm.x").error("one\n12:00:00 ERROR forged: line")
+    lines = stream.getvalue().splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d DEBUG lightvllm\.x: /x is there \[rank=1\]", lines[0])
+    assert lines[2].startswith("    "), "what follows a line break is no record of its own"
+
+
+def test_levels() -> None:
+    stream = io.StringIO()
+    logs.configure("json", "info", stream=stream)
+    logging.getLogger("lightvllm").debug("too little")
+    logging.getLogger("somebody.else").info("nobody asked")
+    logging.getLogger("somebody.else").warning("this matters")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("so does this", stacklevel=1)
+    told = [json.loads(line)["logger"] for line in stream.getvalue().splitlines()]
+    assert told == ["somebody.else", "py.warnings"]
+    logs.configure("json", "error", stream=stream)
+    logging.getLogger("somebody.else").warning("this does not")
+    assert len(stream.getvalue().splitlines()) == 2, "configured again, nothing is written twice"
