@@ -61,7 +61,7 @@ class Tracer:
         logging.getLogger("opentelemetry.exporter.otlp").setLevel(logging.CRITICAL)
         self._propagator = TraceContextTextMapPropagator()
         resource = Resource.create({"service.version": __version__})
-        if resource.attributes.get("service.name", "unknown_service") == "unknown_service":
+        if str(resource.attributes.get("service.name", "unknown_service")).startswith("unknown_service"):
             resource = resource.merge(Resource({"service.name": "lightvllm"}))
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         exporter = OTLPSpanExporter(self.endpoint, timeout=export_timeout)
