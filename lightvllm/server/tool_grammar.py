@@ -33,10 +33,12 @@ def grammar(
     Args:
         parallel: more than one call is allowed.
         mark_id: the token id of the format's mark (``<tool_call>``), if it is a token of its own.
-        answer: a JSON schema of what may come in place of calls.
+        answer: a JSON schema of what may come in place of calls (in llama3_json, of one call).
 
     Raises ConfigError for a schema that is not of an object.
     """
+    if tool_format == "llama3_json" and answer is not None:
+        return f"start: {_json(_call_or_answer(functions, answer))}"
     mark = None if mark_id is None else f"<[{mark_id}]>"
     rules: list[str] = []
     names = [_call(tool_format, number, function, mark, rules) for number, function in enumerate(functions)]
@@ -68,6 +70,31 @@ def _call(tool_format: ToolFormat, number: int, function: Function, mark: str | 
         opening = ""
     rules += [f"{rule}: {opening} {_quoted(begin)} {arguments} {_quoted(end)}", f"{arguments}: {_json(schema)}"]
     return rule
+
+
+def _call_or_answer(functions: Sequence[Function], answer: Mapping[str, Any]) -> dict[str, Any]:
+    """One schema, because both begin with the same characters, and a lexer does not go back."""
+    definitions = {"answer": _moved(answer, "answer")}
+    choices: list[Any] = []
+    for number, (name, parameters) in enumerate(functions):
+        definitions[f"call_{number}"] = _moved(_object_schema(name, parameters), f"call_{number}")
+        fields = {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/call_{number}"}}
+        choices.append(
+            {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+        )
+    return {"anyOf": [*choices, {"$ref": "#/$defs/answer"}], "$defs": definitions}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """The schema with its references to itself changed for a place in another's ``$defs``."""
+    if isinstance(schema, list):
+        return [_moved(value, place) for value in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#"):
+        moved["$ref"] = f"#/$defs/{place}{reference[1:]}"
+    return moved
 
 
 def _python_arguments(prefix: str, schema: Mapping[str, Any], rules: list[str]) -> str:

@@ -170,6 +170,8 @@ def _grammar(
         return StructuredOutputs(grammar=text)
     except ConfigError as error:
         raise ApiError(400, str(error), param="tools") from None
+    except RecursionError:
+        raise ApiError(400, "a schema is nested too deeply", param="tools") from None
 
 
 def _described(tool: Tool) -> dict[str, Any]:
