@@ -373,7 +373,7 @@ def _api_client(kubeconfig: Path | None, context: str | None) -> Any:
         else:
             path = None if kubeconfig is None else str(kubeconfig)
             config.load_kube_config(path, context, client_configuration=configuration)
-    except (config.ConfigException, OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  whatever the client raises for a file that is wrong
         raise ConfigError(
             f"no Kubernetes API server: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
             "run in a pod with a service account, or give --kubeconfig"

@@ -14,6 +14,7 @@ aiohttp serves and calls, because one process then reads and writes a chunk with
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import uuid
@@ -53,13 +54,13 @@ class Router:
 
     Attributes:
         draining: new requests are refused.
-        busy: connections whose request is being answered, one at a time each.
+        busy: connections whose request is being answered, one at a time each, with the task that does it.
     """
 
     def __init__(self, settings: RouterSettings, sources: list[Source], keys: ApiKeys, upstream: Upstream) -> None:
         self.settings, self.sources, self.keys, self.upstream = settings, sources, keys, upstream
         self.draining = False
-        self.busy: set[object] = set()
+        self.busy: dict[object, asyncio.Task[object]] = {}
         self.metrics = Metrics()
         self.prober: Prober
         self.pool = Pool(
@@ -84,7 +85,9 @@ class Router:
         given = request.headers.get("X-Request-Id", "")
         name = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(name)  # each connection's task handles one request after another
-        self.busy.add(request.protocol)
+        task = asyncio.current_task()
+        assert task is not None
+        self.busy[request.protocol] = task
         try:
             self._admit(request)
             response = await handler(request)
@@ -98,7 +101,7 @@ class Router:
                 500, f"internal error (request {name}); the router's log has the details", code="internal_error"
             ).response()
         finally:
-            self.busy.discard(request.protocol)
+            self.busy.pop(request.protocol, None)
         if not response.prepared:
             response.headers["X-Request-Id"] = name
             response.headers["Server"] = SERVER

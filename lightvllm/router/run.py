@@ -7,9 +7,11 @@ them at once (streams with an error event), a third ends the process.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from lightvllm.router.replica import is_loopback
 
 logger = logging.getLogger(__name__)
 
+_BACKLOG = 1024
 _END = 2.0  # seconds in which cancelled requests may say goodbye
 _LINGER = 2.0  # seconds in which the rest of a refused body is read, so that the client can read the refusal
 _LOOK = 0.05
@@ -98,14 +101,11 @@ async def serve(
         access_log=None,
         keepalive_timeout=idle,
     )
-    with _signals() as received:
+    with _bind(host, port) as listener, _signals() as received:
         await runner.setup()
         try:
-            site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=1024)
-            try:
-                await site.start()
-            except OSError as error:
-                raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+            site = web.SockSite(runner, listener, ssl_context=tls, backlog=_BACKLOG)
+            await site.start()
             announce(_url(runner, tls))
             sweeper = asyncio.create_task(_sweep(runner, router), name="router idle connections")
             try:
@@ -117,7 +117,7 @@ async def serve(
             logger.info("draining: %d requests", len(router.busy))
             if not await _drained(router, received):
                 logger.warning("%d requests did not finish and are ended", len(router.busy))
-                router.proxy.ending = True
+                await _end(router)
         finally:
             await runner.cleanup()
     return first
@@ -150,6 +150,38 @@ async def _drained(router: Router, received: asyncio.Queue[int]) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+async def _end(router: Router) -> None:
+    """Cancel what is being answered: streams say so."""
+    router.proxy.ending = True
+    for task in router.busy.values():
+        task.cancel()
+    try:
+        async with asyncio.timeout(_END):
+            while router.busy:
+                await asyncio.sleep(_LOOK)
+    except TimeoutError:
+        logger.warning("%d clients did not take their last event", len(router.busy))
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that may listen, before anything else is started."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(f"--host {host!r} is no address of this machine: {error}") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # "::" listens on IPv4 too
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        advice = "; use another --port, or 0 for a free one" if error.errno == errno.EADDRINUSE else ""
+        raise ConfigError(f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}{advice}") from None
+    return listener
 
 
 @contextmanager

@@ -112,11 +112,11 @@ class Upstream:
         self, method: str, replica: Replica, path: str, headers: CIMultiDict[str], **options: Any
     ) -> aiohttp.ClientResponse:
         assert self._session is not None
+        url = URL(replica.target.url + path, encoded=True)
         if host := replica.target.host:
             headers = CIMultiDict(headers)
-            headers["Host"] = host
+            headers["Host"] = host if url.is_default_port() else f"{host}:{url.port}"
             options["server_hostname"] = host
-        url = URL(replica.target.url + path, encoded=True)
         return await self._session.request(method, url, headers=headers, allow_redirects=False, **options)
 
 
