@@ -107,6 +107,8 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     sampling: SamplingParams
     stop_token_ids: list[int]  # tokens that may not be sampled before min_tokens
     bad_words: list[list[int]] = []  # token sequences that may not be completed
+    # With SamplingParams.prompt_logprobs: how many of the prompt's first tokens need none (any more); always the first.
+    num_prompt_logprobs: int = 1
 
 
 SAMPLED_LAST = -1
@@ -166,6 +168,8 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
     """A step's result, one entry per sequence that was sampled, in the order of ``StepInput.scheduled``.
 
     Attributes:
+        prompt_logprobs: by seq_id, sampled or not, for the tokens of the prompt whose log-probabilities this step has
+            found, following those of the steps before.
         errors: by seq_id, why no token could be chosen; the sequence's entry of ``token_ids`` means nothing then.
         model_seconds: time the output rank spent in this step, sampling included.
         logits: float32, [sampled, vocab_size], before penalties; only if ``EngineConfig.return_logits``.
@@ -175,6 +179,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
     seq_ids: list[int]
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = {}  # by seq_id
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     errors: dict[int, str] = {}
     model_seconds: float = 0.0
     logits: Tensor | None = None

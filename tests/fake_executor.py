@@ -60,6 +60,7 @@ class WorkerSequence:
     token_ids: list[int]
     block_table: list[int] = field(default_factory=list)
     sampled_last: int | None = None
+    num_prompt_logprobs: int = 1
 
 
 class FakeExecutor:
@@ -71,8 +72,8 @@ class FakeExecutor:
         max_concurrent_batches: steps that the engine may have in flight.
         max_num_seqs, max_num_batched_tokens: limits that a step is checked against, if given.
         vocab_size: only for the log-probabilities it makes up.
-        lookahead: a sequence may be in two steps in flight; None allows it where ``max_concurrent_batches`` is 1. A token
-            that the driver cannot know yet must be named by ``SAMPLED_LAST``, and one that it can know must not.
+        lookahead: a sequence may be in two steps in flight; None allows it where ``max_concurrent_batches`` is 1. A
+            token that the driver cannot know yet must be named by ``SAMPLED_LAST``, and one that it can know must not.
 
     Attributes:
         steps: every StepInput seen.
@@ -136,7 +137,9 @@ class FakeExecutor:
             del self.sequences[seq_id]  # KeyError: told to forget what it does not know
         for new in step.new:
             assert new.seq_id not in self.sequences, f"sequence {new.seq_id} is known already"
-            self.sequences[new.seq_id] = WorkerSequence(new, list(new.token_ids))
+            self.sequences[new.seq_id] = WorkerSequence(
+                new, list(new.token_ids), num_prompt_logprobs=new.num_prompt_logprobs
+            )
         scheduled = [row.seq_id for row in step.scheduled]
         assert len(set(scheduled)) == len(scheduled)
         assert {new.seq_id for new in step.new} <= set(scheduled)
@@ -163,19 +166,32 @@ class FakeExecutor:
             chains[row.seq_id] = chain(seq.token_ids)
             for position in range(row.start, row.start + row.count):
                 self._slots[self._slot(seq, position)] = chains[row.seq_id][position]
-        seq_ids, token_ids, logprobs = [], [], {}
+        seq_ids, token_ids, logprobs, prompt_logprobs = [], [], {}, {}
         for row in step.scheduled:
             seq = self.sequences[row.seq_id]
             end = row.start + row.count
             held = [self._slots.get(self._slot(seq, position)) for position in range(end)]
             assert held == chains[row.seq_id][:end], f"the cache of sequence {row.seq_id} holds another's keys"
+            wanted = seq.new.sampling.prompt_logprobs
+            scored = range(max(row.start + 1, seq.num_prompt_logprobs), min(end + 1, seq.new.prompt_len))
+            if wanted is not None and scored:
+                assert scored.start == seq.num_prompt_logprobs, "a token of the prompt was left out"
+                seq.num_prompt_logprobs = scored.stop
+                prompt_logprobs[row.seq_id] = [self._logprobs(seq.token_ids[i], wanted) for i in scored]
             if end == len(seq.token_ids):
                 token_id = seq.sampled_last = self.next_token(seq.token_ids, seq.new.seed)
                 seq_ids.append(row.seq_id)
                 token_ids.append(token_id)
                 if seq.new.sampling.logprobs is not None:
                     logprobs[row.seq_id] = self._logprobs(token_id, seq.new.sampling.logprobs)
-        return StepOutput(step=step.step, seq_ids=seq_ids, token_ids=token_ids, logprobs=logprobs, model_seconds=1e-6)
+        return StepOutput(
+            step=step.step,
+            seq_ids=seq_ids,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            model_seconds=1e-6,
+        )
 
     def _slot(self, seq: WorkerSequence, position: int) -> int:
         block = seq.block_table[position // self.block_size]

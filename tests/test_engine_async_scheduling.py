@@ -82,6 +82,7 @@ class Ask:
     aborted: int | None
     expires: int | None
     delta: bool
+    prompt_logprobs: int | None
 
 
 asks = st.builds(
@@ -95,6 +96,7 @@ asks = st.builds(
     aborted=st.none() | st.integers(1, 12),
     expires=st.none() | st.integers(1, 12),
     delta=st.booleans(),
+    prompt_logprobs=st.none() | st.integers(0, 2),
 )
 plans = st.fixed_dictionaries(
     {
@@ -116,6 +118,7 @@ def play(plan: dict[str, Any], given: list[Ask], ends: bool, **options: Any) -> 
         before = last.get(output.request_id)
         assert before is None or not before.finished, "nothing follows a finished output"
         if before is not None and ask.delta:
+            assert before.prompt_logprobs is None or output.prompt_logprobs is None, "they are told once"
             before.add(output)
         else:
             last[output.request_id] = output
@@ -126,7 +129,12 @@ def play(plan: dict[str, Any], given: list[Ask], ends: bool, **options: Any) -> 
             for i, ask in enumerate(given):
                 if ask.arrives == number:
                     params = SamplingParams(
-                        max_tokens=ask.max_tokens, stop_token_ids=[ask.stop], n=ask.n, seed=3, logprobs=1
+                        max_tokens=ask.max_tokens,
+                        stop_token_ids=[ask.stop],
+                        n=ask.n,
+                        seed=3,
+                        logprobs=1,
+                        prompt_logprobs=ask.prompt_logprobs,
                     )
                     timeout = ask.expires if ends else None
                     stream: Any = "delta" if ask.delta else True
@@ -147,6 +155,18 @@ def play(plan: dict[str, Any], given: list[Ask], ends: bool, **options: Any) -> 
     return e, last, executor
 
 
+def check_prompt_logprobs(ask: Ask, output: RequestOutput) -> None:
+    """Each token's once, in order, whatever chunks and preemptions there were; and nothing from the cache."""
+    if ask.prompt_logprobs is None:
+        assert output.prompt_logprobs is None
+        return
+    assert output.num_cached_tokens == 0
+    first, *others = output.prompt_logprobs or ()
+    assert first is None
+    assert [next(iter(found)) for found in others if found] == list(ask.prompt[1:])
+    assert all(len(found or ()) == max(1, ask.prompt_logprobs) for found in others)
+
+
 @settings(max_examples=150, deadline=None)
 @given(plans, st.lists(asks, min_size=1, max_size=6))
 def test_the_same_tokens_with_and_without(plan: dict[str, Any], given: list[Ask]) -> None:
@@ -155,6 +175,8 @@ def test_the_same_tokens_with_and_without(plan: dict[str, Any], given: list[Ask]
     for i in range(len(given)):
         mine, theirs = on[str(i)], off[str(i)]
         assert sorted(mine.outputs, key=lambda c: c.index) == sorted(theirs.outputs, key=lambda c: c.index)
+        assert mine.prompt_logprobs == theirs.prompt_logprobs
+        check_prompt_logprobs(given[i], mine)
 
 
 @settings(max_examples=150, deadline=None)
@@ -174,6 +196,7 @@ def test_aborts_and_time_outs_cut_a_request_short_and_change_no_other_token(
                 assert (ask.aborted if found.finish_reason == "abort" else ask.expires) is not None
             else:
                 assert found == theirs
+                check_prompt_logprobs(ask, cut[str(i)])
     assert e.stats().num_running == e.stats().num_waiting == 0
 
 

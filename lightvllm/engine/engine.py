@@ -316,6 +316,9 @@ class LLMEngine:
     def _postprocess(self, batch: ScheduledBatch, output: StepOutput) -> list[RequestOutput]:
         now = time.monotonic()
         changed: dict[str, Request] = {}
+        for seq_id, found in output.prompt_logprobs.items():
+            if seq_id in self._completions:
+                self._completions[seq_id].take_prompt_logprobs(found)
         alive = self.scheduler.update(batch, output.token_ids)
         self._generation_tokens += sum(seq.seq_id not in output.errors for seq in alive)
         eos_token_ids, logprobs = self.config.model.eos_token_ids, output.logprobs

@@ -9,6 +9,7 @@ from lightvllm.engine.detokenizer import Detokenizer
 from lightvllm.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from lightvllm.engine.sequence import FinishReason, Sequence
 from lightvllm.engine.tokenizer import Tokenizer
+from lightvllm.errors import LightvllmError
 from lightvllm.messages import TokenLogprobs
 
 Stream = bool | Literal["delta"]
@@ -24,6 +25,12 @@ class Completion:
         self._detokenizer = Detokenizer(tokenizer, seq.sampling) if tokenizer else None
         self._logprobs: list[dict[int, Logprob]] | None = None if seq.sampling.logprobs is None else []
         self._cumulative_logprob = 0.0
+        # By token of the prompt; of the first sequence of a request alone, as they are the same for all.
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if seq.sampling.prompt_logprobs is not None and index == 0:
+            self.prompt_logprobs = [None]
+        else:
+            seq.num_prompt_logprobs = seq.prompt_len
         self._changed = False
         self._reported_tokens = self._reported_chars = 0  # by ``delta``
 
@@ -37,6 +44,8 @@ class Completion:
         seq, sampling = self.seq, self.seq.sampling
         token_id = seq.token_ids[-1]
         self._changed = True
+        if seq.num_prompt_logprobs != seq.prompt_len:
+            raise self._wrong_prompt_logprobs(0)
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(self._describe(token_id, logprobs))
             self._cumulative_logprob += logprobs.logprob
@@ -56,6 +65,21 @@ class Completion:
             if stop is not None:
                 seq.finish_reason, seq.stop_reason = "stop", stop
         return seq.finish_reason is not None
+
+    def take_prompt_logprobs(self, found: list[TokenLogprobs]) -> None:
+        """Those of the next tokens of the prompt, which have been computed."""
+        seq, known = self.seq, self.prompt_logprobs
+        if known is None or len(known) + len(found) > seq.prompt_len:
+            raise self._wrong_prompt_logprobs(len(found))
+        known += [self._describe(seq.token_ids[i], one) for i, one in enumerate(found, len(known))]
+        seq.num_prompt_logprobs = len(known)
+
+    def _wrong_prompt_logprobs(self, given: int) -> LightvllmError:
+        seq = self.seq
+        return LightvllmError(
+            f"the executor gave {given} prompt_logprobs for sequence {seq.seq_id}, of which "
+            f"{seq.prompt_len - seq.num_prompt_logprobs} were wanted; do driver and workers run the same lightvllm?"
+        )
 
     def fail(self, error: str) -> None:
         """End it, because the workers could choose no token: the one that it got means nothing, and is taken back."""
@@ -139,6 +163,7 @@ class Request:
         self.stream = stream
         self.deadline = deadline
         self.metrics = RequestMetrics(arrival_time)
+        self._told_prompt_logprobs = False
         first = completions[0].seq
         self._prompt_token_ids = first.token_ids[: first.prompt_len]
 
@@ -166,4 +191,13 @@ class Request:
             finished=self.finished,
             metrics=self.metrics.snapshot(preemptions),
             num_cached_tokens=None if cached < 0 else cached,
+            prompt_logprobs=self._prompt_logprobs(),
         )
+
+    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """All of them, or None until they are complete; in a delta stream once."""
+        first = self.completions[0]
+        if first.seq.wants_prompt_logprobs or (self.stream == "delta" and self._told_prompt_logprobs):
+            return None
+        self._told_prompt_logprobs = True
+        return first.prompt_logprobs

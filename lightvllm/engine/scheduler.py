@@ -7,6 +7,8 @@ Pure: it knows no model, no executor and no time, and the same calls in the same
   or the one token sampled last (decode). A token is sampled when a sequence has caught up with itself.
 * **Admission by memory.** A waiting sequence is admitted when blocks for all its tokens are free, and one more for
   each running sequence; so a prefill once begun never lacks blocks, and admitting does not preempt at once.
+* **Prefixes.** Full blocks of equal beginnings are computed once and shared, but for a sequence whose prompt's
+  log-probabilities are wanted: it looks nothing up.
 * **Order.** Sequences are served by priority (lower first), equal ones by arrival. A waiting sequence never preempts
   a running one.
 * **Preemption by recompute.** When a running sequence needs a block and none is free, the last one in the
@@ -197,6 +199,7 @@ class Scheduler:
                     seq.sampling,
                     sorted(seq.stop_token_ids),
                     seq.bad_words,
+                    seq.num_prompt_logprobs,
                 )
             )
             seq.num_sent_tokens = len(tokens)
@@ -239,7 +242,8 @@ class Scheduler:
         """Move a waiting sequence to the running ones, with blocks for all its tokens, if they are free."""
         # At least the last token is computed again, for its logits: it is never taken from the cache.
         length, size = len(seq.token_ids), self.block_size
-        cached = self.blocks.match(seq.hashes((length - 1) // size, size)) if self.enable_prefix_caching else []
+        look_up = self.enable_prefix_caching and not seq.wants_prompt_logprobs
+        cached = self.blocks.match(seq.hashes((length - 1) // size, size)) if look_up else []
         missing = -(-length // size) - len(cached)
         if self.blocks.cost(cached, missing) + len(self.running) > self.blocks.num_free:
             return False
@@ -248,7 +252,7 @@ class Scheduler:
         seq.num_registered_blocks = len(cached)
         if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = seq.num_computed_tokens
-            self.num_queried_tokens += length if self.enable_prefix_caching else 0
+            self.num_queried_tokens += length if look_up else 0
             self.num_cached_tokens += seq.num_computed_tokens
         _remove(self.waiting, seq)
         insort(self.running, seq, key=_order)

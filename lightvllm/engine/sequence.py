@@ -45,6 +45,8 @@ class Sequence:
         num_sent_tokens, num_sent_blocks: how much of ``token_ids`` (pending ones included, by placeholder) and
             ``block_table`` the workers were told.
         num_registered_blocks: how many of its blocks the prefix cache has been told of, or has given.
+        num_prompt_logprobs: prompt tokens that need no log-probabilities (any more): the first, which nothing predicts,
+            those that have theirs, and all if none are wanted.
         num_cached_tokens: prompt tokens found in the prefix cache when it was first admitted; -1 before.
         block_hashes: hashes of its full blocks, as far as computed.
     """
@@ -68,6 +70,7 @@ class Sequence:
     num_sent_tokens: int = 0
     num_sent_blocks: int = 0
     num_registered_blocks: int = 0
+    num_prompt_logprobs: int = 1
     num_cached_tokens: int = -1
     num_preemptions: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -77,6 +80,11 @@ class Sequence:
     def order(self) -> tuple[int, int]:
         """Its place among all sequences: the lowest goes first, the highest is preempted first."""
         return self.priority, self.seq_id
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether some of its prompt must be computed for their log-probabilities, be it cached or not."""
+        return self.sampling.prompt_logprobs is not None and self.num_prompt_logprobs < self.prompt_len
 
     @property
     def length(self) -> int:

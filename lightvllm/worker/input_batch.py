@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +26,13 @@ class SequenceState:
     """One sequence: how it is sampled (its tokens included), and the cache blocks that hold it.
 
     Attributes:
+        num_prompt_logprobs: of ``NewSequence``, and those whose rows have been in a batch.
         sampled_last: the token that this rank sampled last, until it is part of ``sampling.token_ids``.
     """
 
-    def __init__(self, sampling: SamplingState) -> None:
+    def __init__(self, sampling: SamplingState, num_prompt_logprobs: int) -> None:
         self.sampling = sampling
+        self.num_prompt_logprobs = num_prompt_logprobs
         self.sampled_last: int | None = None
         self.num_blocks = 0
         self._blocks: np.ndarray[Any, np.dtype[np.int32]] = np.empty(16, np.int32)
@@ -49,6 +51,15 @@ class SequenceState:
         self.num_blocks = needed
 
 
+class PromptRows(NamedTuple):
+    """Rows of a batch, from ``first`` on, whose logits say how probable these tokens of a prompt were."""
+
+    seq_id: int
+    first: int
+    token_ids: list[int]
+    num_top: int  # of the most probable tokens, wanted beside
+
+
 @dataclass(slots=True)
 class Batch:
     """One step, flattened: T tokens of all scheduled sequences.
@@ -57,6 +68,7 @@ class Batch:
         input_ids, positions: int64 [T].
         sampled: the sequences that get a token, in order.
         logits_rows: int64 [len(sampled)], the last row of each; None if that is every row.
+        prompt_rows: for ``SamplingParams.prompt_logprobs``.
     """
 
     num_tokens: int
@@ -66,6 +78,7 @@ class Batch:
     sampled: list[SequenceState]
     seq_ids: list[int]
     logits_rows: Tensor | None
+    prompt_rows: list[PromptRows]
 
 
 class SequenceTable:
@@ -95,7 +108,7 @@ class SequenceTable:
         for seq_id in step.finished:
             self._sequences.pop(seq_id, None)
         for new in step.new:
-            self._sequences[new.seq_id] = SequenceState(self._sampling(new))
+            self._sequences[new.seq_id] = SequenceState(self._sampling(new), new.num_prompt_logprobs)
 
     def _sampling(self, new: NewSequence) -> SamplingState:
         structured, constraint = new.sampling.structured_outputs, None
@@ -118,7 +131,7 @@ class SequenceTable:
         sampled for those sequences, None where it has sampled nothing, it returns the tokens.
         """
         tokens: list[int] = []
-        sampled, seq_ids, rows, states = [], [], [], []
+        sampled, seq_ids, rows, states, prompt_rows = [], [], [], [], []
         unnamed = [self._known(item) for item in scheduled if item.new_token_ids[-1:] == [SAMPLED_LAST]]
         named = iter(share([state.sampled_last for state in unnamed]) if unnamed else ())
         for item in scheduled:
@@ -132,6 +145,8 @@ class SequenceTable:
             state.add_blocks(item.new_block_ids)
             end = item.start + item.count
             self._check(item, state, end)
+            if state.sampling.params.prompt_logprobs is not None and (wanted := _prompt_rows(item, state, len(tokens))):
+                prompt_rows.append(wanted)
             tokens += sequence[item.start : end]
             if end == len(sequence):
                 sampled.append(state)
@@ -152,6 +167,7 @@ class SequenceTable:
             sampled,
             seq_ids,
             None if len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.int64, device=self._device),
+            prompt_rows,
         )
 
     def _known(self, item: ScheduledSequence) -> SequenceState:
@@ -181,3 +197,15 @@ class SequenceTable:
                 f"sequence {item.seq_id} was given the blocks {item.new_block_ids}; "
                 f"this worker's cache has 0 to {self._num_blocks - 1}"
             )
+
+
+def _prompt_rows(item: ScheduledSequence, state: SequenceState, row: int) -> PromptRows | None:
+    """Of a sequence's share of a batch, whose first row is ``row``: the row before a token is what predicts it."""
+    sampling = state.sampling
+    first = max(item.start + 1, state.num_prompt_logprobs)
+    end = min(item.start + item.count + 1, sampling.prompt_len)
+    if first >= end:
+        return None
+    state.num_prompt_logprobs = end
+    num_top = sampling.params.prompt_logprobs or 0
+    return PromptRows(item.seq_id, row + first - 1 - item.start, sampling.token_ids[first:end], num_top)

@@ -12,19 +12,23 @@ from torch import Tensor
 from lightvllm.config import EngineConfig
 from lightvllm.errors import ConfigError, LightvllmError
 from lightvllm.layers.attention import AttentionBackend, KVCache
+from lightvllm.layers.logprobs import token_logprobs
 from lightvllm.layers.memory import Memory
 from lightvllm.layers.parallel import ParallelContext
 from lightvllm.layers.sampler import sample
 from lightvllm.layers.structured import Grammars
 from lightvllm.layers.weights import parameter_bytes
-from lightvllm.messages import NewSequence, ScheduledSequence, StepInput, StepOutput
+from lightvllm.messages import NewSequence, ScheduledSequence, StepInput, StepOutput, TokenLogprobs
 from lightvllm.messages import Tensor as TensorMessage
 from lightvllm.models.loader import load_weights
 from lightvllm.models.registry import build_model, torch_dtype
 from lightvllm.sampling_params import SamplingParams
 from lightvllm.transfer import tensors
 from lightvllm.transfer.stage import StageTransport
-from lightvllm.worker.input_batch import Batch, SequenceTable
+from lightvllm.worker.input_batch import Batch, PromptRows, SequenceTable
+
+PROMPT_LOGITS = 2**24
+"""Logits of a prompt that are computed in one go, for ``prompt_logprobs``: 64 MiB of them."""
 
 
 class ModelRunner:
@@ -183,14 +187,22 @@ class ModelRunner:
 
     def _output(self, step: StepInput, batch: Batch | None, hidden: Tensor | None, began: float) -> StepOutput | None:
         """The step's result in the last stage, on tensor rank 0."""
-        logits = None
-        if batch is not None and hidden is not None and batch.sampled:
-            rows = hidden if batch.logits_rows is None else hidden.index_select(0, batch.logits_rows)
-            logits = self._model.compute_logits(rows)
+        logits, prompt_logprobs = None, {}
+        if batch is not None and hidden is not None:
+            if batch.sampled:
+                rows = hidden if batch.logits_rows is None else hidden.index_select(0, batch.logits_rows)
+                logits = self._model.compute_logits(rows)
+            prompt_logprobs = self._prompt_logprobs(batch.prompt_rows, hidden)
         if self._parallel.tp_rank != 0:
             return None
         if batch is None or logits is None:
-            return StepOutput(step=step.step, seq_ids=[], token_ids=[], model_seconds=time.perf_counter() - began)
+            return StepOutput(
+                step=step.step,
+                seq_ids=[],
+                token_ids=[],
+                prompt_logprobs=prompt_logprobs,
+                model_seconds=time.perf_counter() - began,
+            )
         token_ids, logprobs = sample(logits, [state.sampling for state in batch.sampled])
         for state, token_id in zip(batch.sampled, token_ids, strict=True):
             state.sampled_last = token_id
@@ -200,10 +212,25 @@ class ModelRunner:
             seq_ids=batch.seq_ids,
             token_ids=token_ids,
             logprobs={s: lp for s, lp in zip(batch.seq_ids, logprobs, strict=True) if lp is not None},
+            prompt_logprobs=prompt_logprobs,
             errors={seq_id: error for seq_id, error in errors if error is not None},
             logits=_message(logits) if self.return_logits else None,
             model_seconds=time.perf_counter() - began,
         )
+
+    def _prompt_logprobs(self, parts: list[PromptRows], hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
+        """By seq_id, on tensor rank 0; all tensor ranks must call it. Few logits are held at a time."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        at_once = max(1, PROMPT_LOGITS // self._config.model.vocab_size)
+        for part in parts:
+            for start in range(0, len(part.token_ids), at_once):
+                token_ids = part.token_ids[start : start + at_once]
+                first = part.first + start
+                logits = self._model.compute_logits(hidden[first : first + len(token_ids)])
+                if logits is not None:
+                    counts = [min(part.num_top, logits.shape[-1])] * len(token_ids)
+                    found.setdefault(part.seq_id, []).extend(token_logprobs(logits, token_ids, counts))
+        return found
 
     def warm_up(self) -> None:
         """Run a prefill and a decode in the first block of the cache, so that the first real step finds kernels
