@@ -25,7 +25,7 @@ def test_version():
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"lightvllm {__version__}\n", "")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"], ["parity", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"], ["router", "--help"]])
 def test_help_imports_nothing_heavy(arguments):
     code = f"""
 import atexit, sys
@@ -40,7 +40,7 @@ sys.exit(status)
 
 def test_every_command_is_there():
     shown = lightvllm("--help").stdout
-    for command in ("generate", "parity", "doctor", "models", "worker", "certs", "kernels"):
+    for command in ("generate", "parity", "doctor", "models", "router", "worker", "certs", "kernels"):
         assert f" {command} " in shown
 
 
