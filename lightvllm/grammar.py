@@ -111,7 +111,10 @@ def _schema_grammar(text: str) -> str:
         raise ConfigError(f"structured_outputs: json is no JSON schema: {one_line(error)}") from None
     if not isinstance(schema, dict):
         raise ConfigError(f"structured_outputs: json is {text!r:.80}; expected a JSON schema, an object")
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+    except ValueError as error:  # half of a surrogate pair, say
+        raise ConfigError(f"structured_outputs: the json is refused: {one_line(error)}") from None
 
 
 def _lark(text: str) -> str:
