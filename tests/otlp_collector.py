@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 
 class Collector:
-    """Attributes: ``url`` to give to the sender; ``spans`` so far, and the ``resources`` they came with; ``gate``, which
+    """Attributes: ``url`` to give to the sender; ``spans`` so far, the ``resources`` they came with; ``gate``, which
     answers wait for."""
 
     def __init__(self, port: int = 0) -> None:
