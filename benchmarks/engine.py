@@ -3,6 +3,7 @@
     python benchmarks/engine.py MODEL [--vllm-python .venv-vllm/bin/python] [--dtypes float32,bfloat16]
                                 [--concurrency 1,16] [--rounds 3] [--threads 2] [--json FILE]
     python benchmarks/engine.py MODEL --contenders lightvllm,lightvllm-sync [--rounds 7]    # asynchronous scheduling
+    python benchmarks/engine.py MODEL --contenders lightvllm,lightvllm-async --concurrency 64,200        # AsyncLLM
 
 Each contender is a process of its own that loads the model once and then waits on its standard input. Every round asks
 each contender in turn for the same work (so that a slow moment of the machine hits all of them), with prompts of random
@@ -14,6 +15,8 @@ knows.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import atexit
 import functools
 import json
 import os
@@ -37,15 +40,7 @@ def lightvllm_contender(
 ) -> tuple[Run, Callable[[], dict[str, Any]]]:
     from lightvllm import LLM, SamplingParams
 
-    llm = LLM(
-        model,
-        dtype=dtype,
-        threads=threads,
-        max_model_len=length,
-        max_num_seqs=64,
-        enable_prefix_caching=False,
-        **options,
-    )
+    llm = LLM(model, dtype=dtype, threads=threads, max_model_len=length, enable_prefix_caching=False, **options)
 
     def run(prompts: list[list[int]], new: int) -> int:
         params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
@@ -55,6 +50,51 @@ def lightvllm_contender(
     def details() -> dict[str, Any]:
         info = llm.engine.executor.worker_infos[0]
         return {"attention": info.attention_backend, "kernels": info.kernels, "threads": info.threads}
+
+    return run, details
+
+
+def async_contender(
+    model: str, dtype: str, threads: int, length: int, **options: Any
+) -> tuple[Run, Callable[[], dict[str, Any]]]:
+    """A stream of its own for each prompt, read as the tokens come; ``details`` has the reading process's CPU time."""
+    from lightvllm import AsyncLLM, SamplingParams
+
+    loop = asyncio.new_event_loop()
+    llm = loop.run_until_complete(
+        AsyncLLM.create(
+            model,
+            dtype=dtype,
+            threads=threads,
+            max_model_len=length,
+            max_num_seqs=64,
+            enable_prefix_caching=False,
+            **options,
+        )
+    )
+    atexit.register(lambda: loop.run_until_complete(llm.shutdown()))
+    cost = {"outputs": 0, "cpu_seconds": 0.0}
+
+    async def read(prompt: list[int], params: Any) -> int:
+        tokens = 0
+        async for output in llm.generate(prompt, params, output_kind="delta"):
+            cost["outputs"] += 1
+            tokens += len(output.outputs[0].token_ids)
+        return tokens
+
+    async def read_all(prompts: list[list[int]], new: int) -> int:
+        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
+        return sum(await asyncio.gather(*(read(prompt, params) for prompt in prompts)))
+
+    def run(prompts: list[list[int]], new: int) -> int:
+        before = time.process_time()
+        cost.update(outputs=0)
+        tokens = loop.run_until_complete(read_all(prompts, new))
+        cost["cpu_seconds"] = time.process_time() - before
+        return tokens
+
+    def details() -> dict[str, Any]:
+        return {"front_us_per_output": round(1e6 * cost["cpu_seconds"] / cost["outputs"], 1)}
 
     return run, details
 
@@ -108,6 +148,8 @@ def vllm_contender(model: str, dtype: str, threads: int, length: int) -> tuple[R
 CONTENDERS: dict[str, Callable[..., tuple[Run, Callable[[], dict[str, Any]]]]] = {
     "lightvllm": lightvllm_contender,
     "lightvllm-sync": functools.partial(lightvllm_contender, async_scheduling=False),
+    "lightvllm-async": async_contender,
+    "lightvllm-async-thread": functools.partial(async_contender, engine_process=False),
     "lightvllm-k8s": functools.partial(lightvllm_contender, executor="k8s"),
     "lightvllm-k8s-sync": functools.partial(lightvllm_contender, executor="k8s", async_scheduling=False),
     "transformers": transformers_contender,
