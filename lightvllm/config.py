@@ -16,11 +16,12 @@ from typing import Any, Literal
 import msgspec
 
 from lightvllm.errors import ConfigError
+from lightvllm.pooling import Pooling, read_pooling
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel")
 
 
 class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +44,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_model_len: longest prompt plus output, tokens.
         load_format: ``"safetensors"``, or ``"dummy"`` for random weights of the right shapes (tests, benchmarks).
         eos_token_ids: tokens that end a generation.
+        pooling: of a model that makes embeddings; None for one that generates.
+        normalize: embeddings have length 1.
     """
 
     path: str
@@ -66,6 +69,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     load_format: Literal["safetensors", "dummy"] = "safetensors"
+    pooling: Pooling | None = None
+    normalize: bool = False
 
     @classmethod
     def from_dir(
@@ -77,6 +82,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         load_format: Literal["safetensors", "dummy"] = "safetensors",
     ) -> ModelConfig:
         """Read ``config.json`` (and ``generation_config.json``) of a Hugging Face model folder.
+
+        A folder with sentence-transformers' ``modules.json`` is a model that makes embeddings, pooled as is said there;
+        so is one whose architecture is ``LlamaModel``: the last token's, normalised, as in vLLM, if nothing is said.
 
         ``dtype="auto"`` takes the checkpoint's own. Raises ConfigError when the folder, the architecture, the
         dtype or the length cannot be used.
@@ -97,6 +105,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"{folder}: quantised checkpoints are not supported; use the unquantised model")
         if load_format == "safetensors" and not list(folder.glob("*.safetensors")):
             raise ConfigError(f"{folder}: no *.safetensors file; convert the checkpoint to safetensors first")
+        headless = architecture == "LlamaModel"
+        pooling, normalize = read_pooling(folder, default=("last", True) if headless else (None, False))
         try:
             hidden, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
             context = int(raw.get("max_position_embeddings", 2048))
@@ -123,6 +133,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 bos_token_id=raw.get("bos_token_id"),
                 eos_token_ids=_eos(folder, raw),
                 load_format=load_format,
+                pooling=pooling,
+                normalize=normalize,
             )
         except KeyError as missing:
             raise ConfigError(f"{folder}/config.json lacks {missing}; is it a complete Hugging Face model?") from None
@@ -137,6 +149,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"num_key_value_heads={config.num_key_value_heads}"
             )
         return config
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """Whether a prompt's computed beginning is enough; a mean needs every token's hidden state."""
+        return self.pooling in (None, "last")
 
     @property
     def dtype_bytes(self) -> int:

@@ -117,7 +117,8 @@ class LlamaModel:
         dtype = torch_dtype(config)
         self.layer_range = stage_layers(config.num_hidden_layers, parallel.pp_size, parallel.pp_rank)
         # A last stage with a tied head needs the embedding's weight too.
-        needs_embedding = parallel.is_first_stage or (parallel.is_last_stage and config.tie_word_embeddings)
+        has_tied_head = config.pooling is None and config.tie_word_embeddings
+        needs_embedding = parallel.is_first_stage or (parallel.is_last_stage and has_tied_head)
         self.embed_tokens = (
             VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype, parallel) if needs_embedding else None
         )
@@ -150,7 +151,7 @@ class LlamaModel:
 
 
 class LlamaForCausalLM:
-    """One rank's part of the model.
+    """One rank's part of the model; one that makes embeddings (``ModelConfig.pooling``) has no head.
 
     Attributes:
         num_kv_heads: key/value heads on this rank, head_dim their size: the shape of its KV cache.
@@ -161,7 +162,7 @@ class LlamaForCausalLM:
         self.config = config
         self.model = LlamaModel(config, parallel, backend)
         self.lm_head: ParallelLMHead | None = None
-        if parallel.is_last_stage:
+        if parallel.is_last_stage and config.pooling is None:
             tied = self.model.embed_tokens if config.tie_word_embeddings else None
             self.lm_head = ParallelLMHead(
                 tied or VocabParallelEmbedding(config.vocab_size, config.hidden_size, torch_dtype(config), parallel)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ PIECE_BYTES = 64 << 20
 """Bytes of a file that are mapped and touched at a time."""
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
+_DECODER = "model."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _LARGEST_ELEMENT = 8
 
@@ -52,10 +54,14 @@ def load_weights(model: Loadable, config: ModelConfig) -> None:
         return
     folder = Path(config.path)
     files = _tensor_files(folder)
+    # What LlamaModel itself saves has the names without the one that LlamaForCausalLM gives it.
+    bare = config.pooling is not None and not any(name.startswith(_DECODER) for name in files)
+    if bare:
+        wanted = [replace(weight, name=weight.name.removeprefix(_DECODER)) for weight in wanted]
     missing = [weight.name for weight in wanted if weight.name not in files]
     if missing:
         raise ConfigError(f"{folder}: the checkpoint lacks {_some(missing)}; is the download complete?")
-    unexpected = [name for name in files if not model.is_known(name)]
+    unexpected = [name for name in files if not model.is_known(f"{_DECODER}{name}" if bare else name)]
     if unexpected:
         raise ConfigError(
             f"{folder}: the checkpoint has tensors that {config.architecture} with {config.num_hidden_layers} layers "

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from lightvllm.layers.parallel import ParallelContext
     from lightvllm.models.llama import LlamaForCausalLM
 
-_HOMES = {"LlamaForCausalLM": "lightvllm.models.llama"}
+# LlamaModel is the same model without its head, as embedding models are saved.
+_HOMES = dict.fromkeys(("LlamaForCausalLM", "LlamaModel"), ("lightvllm.models.llama", "LlamaForCausalLM"))
 
 
 def build_model(config: ModelConfig, parallel: ParallelContext, attention: AttentionBackend) -> LlamaForCausalLM:
     """This rank's part of the model, its memory allocated but not filled (see ``loader.load_weights``)."""
     if config.architecture not in _HOMES:
         raise ConfigError(f"architecture {config.architecture!r} is not supported; use {', '.join(_HOMES)}")
-    module = importlib.import_module(_HOMES[config.architecture])
-    model: LlamaForCausalLM = getattr(module, config.architecture)(config, parallel, attention)
+    module, name = _HOMES[config.architecture]
+    model: LlamaForCausalLM = getattr(importlib.import_module(module), name)(config, parallel, attention)
     return model
 
 
