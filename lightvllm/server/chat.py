@@ -18,6 +18,7 @@ from lightvllm.server.logprobs import chat_logprobs, prompt_logprobs
 from lightvllm.server.params import (
     AnswerHead,
     answer_head,
+    check_form,
     check_generates,
     check_logprobs,
     check_model,
@@ -83,6 +84,8 @@ async def _prepare(
         raise ApiError(400, "max_tokens is the older name of max_completion_tokens; use one", param="max_tokens")
     answer, form = structured_outputs(request)
     use = tool_use(request, engine, settings, answer)
+    form = "tools" if use.grammar is not None else form
+    await check_form(use.grammar or answer, engine, form)
     params = sampling_params(
         request,
         max_tokens=limits[0] if limits else None,
@@ -101,7 +104,7 @@ async def _prepare(
         params=params,
         priority=request.priority or 0,
         timeout=time_limit(request, settings),
-        form="tools" if use.grammar is not None else form,
+        form=form,
     )
     return _Writer(engine, request, head, job, use, settings.response_role)
 

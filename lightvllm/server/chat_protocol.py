@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from lightvllm.sampling_params import MAX_LOGPROBS
 from lightvllm.server.protocol import (
@@ -150,8 +150,8 @@ class ChatCompletionRequest(GenerationRequest):
     add_generation_prompt: bool | None = Field(None, description="Default true, unless continue_final_message.")
     continue_final_message: bool | None = Field(None, description="Go on where the last message ends.")
     add_special_tokens: bool | None = Field(None, description="Default false: the template writes its own.")
-    chat_template_kwargs: dict[str, JsonValue] | None = Field(None, description="More names for the chat template.")
-    documents: list[dict[str, JsonValue]] | None = Field(None, description="For templates that know documents.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="More names for the chat template.")
+    documents: list[dict[str, Any]] | None = Field(None, description="For templates that know documents.")
 
 
 class FunctionCall(AnswerModel):

@@ -20,6 +20,7 @@ from lightvllm.server.logprobs import CompletionLogprobWriter, Described, join_l
 from lightvllm.server.params import (
     AnswerHead,
     answer_head,
+    check_form,
     check_generates,
     check_logprobs,
     check_model,
@@ -78,6 +79,7 @@ async def _prepare(
     echo, nothing = bool(request.echo), request.max_tokens == 0
     counts = [c for c in (request.prompt_logprobs, request.logprobs if echo else None) if c is not None]
     structured, form = structured_outputs(request)
+    await check_form(structured, engine, form)
     params = sampling_params(
         request,
         max_tokens=1 if nothing else DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,

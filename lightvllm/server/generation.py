@@ -29,7 +29,7 @@ class Job:
     Attributes:
         request: what an error is blamed on.
         request_id: of the engine's requests, a number behind it if there are several.
-        form: the request's field that asks for a form of the output, for errors in it.
+        form: the request's field that asks for a form of the output; errors in it are blamed on it.
     """
 
     request: BaseModel
@@ -82,7 +82,7 @@ async def _one(
                     _check_end(completion, job)
                 yield index, output
     except ConfigError as error:
-        raise blamed(error, job.request, job.form if str(error).startswith("structured_outputs") else None) from None
+        raise blamed(error, job.request) from None
 
 
 async def _several(engine: EngineClient, job: Job, kind: OutputKind) -> AsyncGenerator[tuple[int, RequestOutput], None]:
@@ -128,5 +128,7 @@ def _check_end(completion: CompletionOutput, job: Job) -> None:
             type="timeout_error",
             code="timeout",
         )
+    if completion.finish_reason == "error":  # what the request asks for leaves no token to choose
+        raise ApiError(400, str(completion.stop_reason), param=job.form, code="no_token")
     if completion.finish_reason == "abort":
         raise ApiError(503, "the request was aborted by the server", code="aborted", retry_after=1)

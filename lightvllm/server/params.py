@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lightvllm.engine.protocol import EngineClient
+from lightvllm.engine.structured import check_structured
 from lightvllm.errors import ConfigError, MissingExtra
 from lightvllm.sampling_params import SamplingParams, StructuredOutputs
 from lightvllm.server.errors import ApiError, as_api_error
@@ -24,6 +25,9 @@ from lightvllm.version import __version__
 
 LONG_TEXT = 20_000
 """Characters from which a text is tokenized in a thread, so that other streams go on meanwhile."""
+
+GREEDY_BELOW = 1e-5
+"""Temperatures that are so low that logits divided by them would be out of range (vLLM's bound)."""
 
 _BLAMED = re.compile(r"([a-z_]+)(\[[^]]*\])?=")
 
@@ -156,6 +160,19 @@ def _structured(param: str, **form: Any) -> StructuredOutputs:
         raise ApiError(400, str(error), param=param) from None
 
 
+async def check_form(structured: StructuredOutputs | None, engine: EngineClient, param: str | None) -> None:
+    """Refuse what no grammar can be made of; in a thread, because that may take a while, which the engine then saves.
+
+    Raises ApiError 400.
+    """
+    if structured is None:
+        return
+    try:
+        await asyncio.to_thread(check_structured, structured, engine.info.config.model)
+    except ConfigError as error:
+        raise ApiError(400, str(error), param=param) from None
+
+
 def check_logprobs(count: int | None, settings: ServerSettings, param: str) -> None:
     if count is not None and count > settings.max_logprobs:
         raise ApiError(
@@ -190,6 +207,8 @@ def sampling_params(
     for name in _SHARED:
         optional[name] = getattr(request, name)
     wanted |= {name: value for name, value in optional.items() if value is not None}
+    if wanted.get("temperature", 1.0) < GREEDY_BELOW:
+        wanted["temperature"] = 0.0
     try:
         return SamplingParams(**wanted)
     except ConfigError as error:

@@ -101,7 +101,7 @@ class GenerationRequest(RequestModel):
     """What completions and chat completions have in common."""
 
     model: str | None = Field(None, description="One of /v1/models; null takes the one there is.")
-    temperature: float | None = Field(None, ge=0, le=2, description="Default 1; 0 is greedy.")
+    temperature: float | None = Field(None, ge=0, le=2, description="Default 1; below 0.00001 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
@@ -122,7 +122,7 @@ class GenerationRequest(RequestModel):
 
     top_k: int | None = Field(None, ge=-1, le=INT64)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     min_tokens: int | None = Field(None, ge=0, le=INT64)
     stop_token_ids: list[TokenId] | None = None
     allowed_token_ids: TokenIds | None = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
 from lightvllm.engine.protocol import EngineClient
 from lightvllm.server.chat_protocol import MAX_MESSAGES, MAX_TOOLS, ChatCompletionRequest, ChatMessage, Tool
@@ -30,7 +30,7 @@ class TokenizeChatRequest(RequestModel):
     continue_final_message: bool | None = None
     add_special_tokens: bool = False
     return_token_strs: bool | None = False
-    chat_template_kwargs: dict[str, JsonValue] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
 
