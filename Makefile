@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench-engine · make bench-kernels · make bench-rpc · make bench-carriers · make bench-pipeline · make bench-serve · make load-test · make fuzz      (a second time each is quick)
+# make demo · make test · make lint · make bench-engine · make bench-kernels · make bench-rpc · make bench-carriers · make bench-pipeline · make bench-serve · make load-test · make fuzz · make fuzz-api      (a second time each is quick)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -75,6 +75,10 @@ load-test: model
 # 100,000 hostile inputs to a worker's listeners; a small part of them is in the tests.
 fuzz: $(VENV)/installed
 	$(BIN)/python benchmarks/fuzz.py
+
+# 5,000 requests of every kind to lightvllm serve; a small part of them is in the tests.
+fuzz-api: $(VENV)/installed
+	$(BIN)/python benchmarks/fuzz_api.py
 
 clean:
 	rm -rf $(VENV) .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

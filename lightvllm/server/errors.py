@@ -200,7 +200,7 @@ def _invalid(errors: Sequence[Any]) -> ApiError:
             position = next((part for part in error["loc"] if isinstance(part, int)), 0)
             return ApiError(400, f"the body is no valid JSON: {reason} at character {position}", code="invalid_json")
         text = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        if not param and error["type"] == "missing":
+        if error["loc"] == ("body",) and error["type"] == "missing":
             text = "a JSON body is expected"
         line = f"{param}: {text}" if param else text
         value = error.get("input")
@@ -226,17 +226,15 @@ def _short(value: bool | int | float | str) -> str:
 def _param(location: Sequence[Any]) -> str:
     """``("body", "messages", 0, "role")`` as ``messages[0].role``.
 
-    Pydantic adds the alternatives of a union to the path (``list[int]``, ``function-after[…]``, class names): the path
-    ends before the first of them.
+    Pydantic adds to the path which alternative of a union it has tried (``list[int]``, ``function-after[…]``, class
+    names): those are left out.
     """
     parts = location[1:] if location and location[0] in ("body", "query", "path", "header", "cookie") else location
     text = ""
     for part in parts:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif not part.isidentifier() or part != part.lower() or part in ("str", "int", "float", "bool", "none"):
-            break
-        else:
+        elif part.isidentifier() and part == part.lower() and part not in ("str", "int", "float", "bool", "none"):
             text += f".{part}" if text else part
     return text
 

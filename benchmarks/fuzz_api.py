@@ -1,0 +1,70 @@
+"""Requests of every kind to ``lightvllm serve``, at length: ``python benchmarks/fuzz_api.py --cases 5000``.
+
+The requests, and what must hold of the answers, are the tests' (``tests/fuzz_api.py``): no 5xx, no hang, nothing that
+is not described. Afterwards no request and no block of the KV cache may be left; memory is shown from round to round,
+and must not grow in the second half by more than ``--growth`` MiB. Ends with status 1 and the first request of each
+kind that did otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = str(Path(__file__).resolve().parent.parent / "tests")
+sys.path.insert(0, TESTS)
+
+import tiny_llama  # noqa: E402
+from fuzz_api import Leaks, fuzz  # noqa: E402
+from server_process import started  # noqa: E402
+
+ROUNDS = 6
+
+
+def run(cases: int, seed: int, growth_mib: float) -> int:
+    failures: dict[str, str] = {}
+    statuses: dict[str, int] = {}
+    memory: list[float] = []
+    began, asked = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_llama.build(Path(folder, "tiny"))
+        code = "from lightvllm.cli.main import run; run()"
+        options = ["--port", "0", "--served-model-name", "tiny", "--disable-log-requests"]
+        command = [sys.executable, "-c", code, "serve", str(model), *options]
+        with started(command, os.environ | {"OMP_NUM_THREADS": "1"}) as server:
+            url = server.ready()
+            leaks = Leaks(url, server.process.pid)
+            for number in range(ROUNDS):
+                found = fuzz(url, cases // ROUNDS + 1, seed + number, "tiny")
+                asked += found.cases
+                for status, count in found.statuses.items():
+                    statuses[status] = statuses.get(status, 0) + count
+                for kind, request in found.failures.items():
+                    failures.setdefault(kind, request)
+                leaks.check()
+                memory.append(leaks.rss() / 2**20)
+                print(
+                    f"{asked} requests, {time.monotonic() - began:.0f} s, {memory[-1]:.0f} MiB, "
+                    f"{len(failures)} kinds of failures",
+                    flush=True,
+                )
+            log = [line for line in server.text.splitlines() if "unexpected error" in line or "Traceback" in line]
+    print("answers by status: " + ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items())))
+    for kind, request in failures.items():
+        print(f"\n--- {kind}\n{request}")
+    grown = memory[-1] - memory[ROUNDS // 2 - 1]
+    print(f"memory grew by {grown:.1f} MiB in the second half; {len(log)} unexpected errors in the server's log")
+    return int(bool(failures) or bool(log) or grown > growth_mib)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--growth", type=float, default=30.0, help="MiB that the second half may add")
+    given = parser.parse_args()
+    sys.exit(run(given.cases, given.seed, given.growth))
