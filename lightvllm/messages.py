@@ -163,6 +163,11 @@ class Tensor(msgspec.Struct, frozen=True):
 
         return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
 
+    def rows(self, wanted: Sequence[bool]) -> Tensor:
+        """Some of its rows."""
+        rows = self.numpy()[list(wanted)]
+        return Tensor(self.dtype, list(rows.shape), rows.tobytes())
+
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
     """A step's result, one entry per sequence that was sampled, in the order of ``StepInput.scheduled``.
@@ -173,6 +178,8 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
         errors: by seq_id, why no token could be chosen; the sequence's entry of ``token_ids`` means nothing then.
         model_seconds: time the output rank spent in this step, sampling included.
         logits: float32, [sampled, vocab_size], before penalties; only if ``EngineConfig.return_logits``.
+        embeddings: float32, [sampled, hidden_size], of a model that makes them, of the prompts that this step has
+            completed; ``token_ids`` mean nothing then.
     """
 
     step: int
@@ -183,20 +190,19 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
     errors: dict[int, str] = {}
     model_seconds: float = 0.0
     logits: Tensor | None = None
+    embeddings: Tensor | None = None
 
     def only(self, wanted: Sequence[bool]) -> StepOutput:
         """The same, of these sequences alone."""
-        seq_ids, logits = list(itertools.compress(self.seq_ids, wanted)), self.logits
-        if logits is not None:
-            rows = logits.numpy()[list(wanted)]
-            logits = Tensor(logits.dtype, list(rows.shape), rows.tobytes())
+        seq_ids = list(itertools.compress(self.seq_ids, wanted))
         return msgspec.structs.replace(
             self,
             seq_ids=seq_ids,
             token_ids=list(itertools.compress(self.token_ids, wanted)),
             logprobs={seq_id: found for seq_id, found in self.logprobs.items() if seq_id in seq_ids},
             errors={seq_id: error for seq_id, error in self.errors.items() if seq_id in seq_ids},
-            logits=logits,
+            logits=self.logits.rows(wanted) if self.logits else None,
+            embeddings=self.embeddings.rows(wanted) if self.embeddings else None,
         )
 
 

@@ -48,7 +48,11 @@ class Intake:
         wrong = next((i for i in (min(token_ids), max(token_ids)) if not 0 <= i < model.vocab_size), None)
         if wrong is not None:
             raise ConfigError(f"token id {wrong} is not in the vocabulary; use 0 to {model.vocab_size - 1}")
-        if len(token_ids) >= model.max_model_len:
+        if model.pooling is not None and len(token_ids) > model.max_model_len:
+            raise ConfigError(
+                f"the prompt has {len(token_ids)} tokens, but max_model_len={model.max_model_len}; shorten it"
+            )
+        if model.pooling is None and len(token_ids) >= model.max_model_len:
             raise ConfigError(
                 f"the prompt has {len(token_ids)} tokens, but max_model_len={model.max_model_len} must hold it and at "
                 f"least one more; shorten it to {model.max_model_len - 1} or raise max_model_len"
@@ -61,7 +65,11 @@ class Intake:
         return text, token_ids
 
     def params(self, params: Any) -> SamplingParams:
-        """The parameters, which fit the model; vLLM's defaults for None."""
+        """The parameters, which fit the model; vLLM's defaults for None. For a model that generates."""
+        if self._config.model.pooling is not None:
+            raise ConfigError(
+                f"{self._config.model.path} makes embeddings and generates no text; use embed, or /v1/embeddings"
+            )
         if params is None:
             return SamplingParams()
         if not isinstance(params, SamplingParams):
@@ -75,6 +83,14 @@ class Intake:
         if params.stop and self._tokenizer is None:
             raise ConfigError(f"stop={params.stop!r} needs text, but there is no tokenizer; use stop_token_ids")
         return params
+
+    def check_embeds(self) -> None:
+        """Raise ConfigError unless the model makes embeddings."""
+        if self._config.model.pooling is None:
+            raise ConfigError(
+                f"{self._config.model.path} generates text and makes no embeddings; use generate, or a folder with "
+                "sentence-transformers' modules.json"
+            )
 
     def bad_words(self, params: SamplingParams) -> list[list[int]]:
         """Each of ``params.bad_words`` as tokens, without and with a space before it (vLLM's rule)."""

@@ -88,6 +88,7 @@ class RequestOutput:
         num_cached_tokens: prompt tokens of the first sequence found in the prefix cache; None before it is scheduled.
         prompt_logprobs: with ``SamplingParams.prompt_logprobs``, for each token of the prompt what ``logprobs`` is for
             the generated ones; None for the first, which nothing predicts. Only in the first output of a delta stream.
+        embedding: of the prompt, if that was asked for; there is one output then, without tokens.
     """
 
     request_id: str
@@ -99,6 +100,7 @@ class RequestOutput:
     num_cached_tokens: int | None = None
     prompt_index: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    embedding: list[float] | None = None
 
     def add(self, later: RequestOutput) -> None:
         """Take in the next output of the same delta stream, so that both become one (vLLM's ``RequestOutput.add``)."""

@@ -15,6 +15,7 @@ from lightvllm.layers.attention import AttentionBackend, KVCache
 from lightvllm.layers.logprobs import token_logprobs
 from lightvllm.layers.memory import Memory
 from lightvllm.layers.parallel import ParallelContext
+from lightvllm.layers.pooling import Pooler
 from lightvllm.layers.sampler import sample
 from lightvllm.layers.structured import Grammars
 from lightvllm.layers.weights import parameter_bytes
@@ -57,6 +58,8 @@ class ModelRunner:
         self._caches: list[KVCache] = []
         samples = parallel.is_last_stage and parallel.tp_rank == 0
         self._grammars = Grammars(config.model) if samples else None
+        model = config.model
+        self._pooler = None if model.pooling is None else Pooler(model.pooling, model.normalize)
         self._sequences = self._table(0)
 
     @property
@@ -101,6 +104,8 @@ class ModelRunner:
     def reset_sequences(self) -> None:
         """Forget all sequences and whatever a failed step left unfinished. No step may be running on any rank."""
         self._sequences.clear()
+        if self._pooler is not None:
+            self._pooler.clear()
         if self._stages is not None:
             self._stages.reset()
 
@@ -187,6 +192,8 @@ class ModelRunner:
 
     def _output(self, step: StepInput, batch: Batch | None, hidden: Tensor | None, began: float) -> StepOutput | None:
         """The step's result in the last stage, on tensor rank 0."""
+        if self._pooler is not None:
+            return self._embeddings(self._pooler, step, batch, hidden, began)
         logits, prompt_logprobs = None, {}
         if batch is not None and hidden is not None:
             if batch.sampled:
@@ -218,6 +225,24 @@ class ModelRunner:
             model_seconds=time.perf_counter() - began,
         )
 
+    def _embeddings(
+        self, pooler: Pooler, step: StepInput, batch: Batch | None, hidden: Tensor | None, began: float
+    ) -> StepOutput | None:
+        """``_output`` of a model that makes embeddings. Each tensor rank has all of the hidden states."""
+        if self._parallel.tp_rank != 0:
+            return None
+        pooler.forget(step.finished)
+        seq_ids, vectors = [] if batch is None else batch.seq_ids, None
+        if hidden is not None:
+            vectors = _message(pooler.pool(hidden, step.scheduled, seq_ids))
+        return StepOutput(
+            step=step.step,
+            seq_ids=seq_ids,
+            token_ids=[0] * len(seq_ids),
+            embeddings=vectors,
+            model_seconds=time.perf_counter() - began,
+        )
+
     def _prompt_logprobs(self, parts: list[PromptRows], hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
         """By seq_id, on tensor rank 0; all tensor ranks must call it. Few logits are held at a time."""
         found: dict[int, list[TokenLogprobs]] = {}
@@ -240,7 +265,7 @@ class ModelRunner:
         if self._grammars is not None:
             self._grammars.warm_up()
         length = min(self._block_size, self._config.model.max_model_len)
-        self._dummy_steps([max(1, length - 1)], then_decode=length > 1)
+        self._dummy_steps([max(1, length - 1)], then_decode=length > 1 and self._pooler is None)
 
     def profile(self) -> None:
         """Run the largest step there can be, for measuring memory, in a cache that is dropped afterwards."""
@@ -266,5 +291,5 @@ class ModelRunner:
         self.reset_sequences()
 
 
-def _message(logits: Tensor) -> TensorMessage:
-    return TensorMessage("float32", list(logits.shape), logits.contiguous().cpu().numpy().tobytes())
+def _message(tensor: Tensor) -> TensorMessage:
+    return TensorMessage("float32", list(tensor.shape), tensor.contiguous().cpu().numpy().tobytes())
