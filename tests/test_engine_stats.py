@@ -58,3 +58,15 @@ def test_steps_that_overlap_are_counted_one_after_the_other() -> None:
     assert (clock.step_seconds, clock.model_seconds, clock.executor_seconds) == (9.0, 5.5, 1.5)
     clock.add(planned=20.0, sent=21.0, replied=22.0, ended=23.0, model_seconds=1.0)  # after a pause
     assert (clock.step_seconds, clock.steps) == (12.0, 3)
+
+
+def test_a_reply_that_is_looked_at_late_is_no_overhead_twice() -> None:
+    clock = StepClock()
+    clock.add(planned=0.0, sent=0.0, replied=5.0, ended=5.0, model_seconds=3.0)  # it came at 3, say
+    clock.add(planned=0.0, sent=0.0, replied=6.0, ended=6.0, model_seconds=3.0)
+    assert clock.executor_seconds == 2.0, "a counter does not fall"
+    clock.add(planned=6.0, sent=6.0, replied=10.0, ended=10.0, model_seconds=3.0)
+    assert clock.executor_seconds == 2.0
+    clock.add(planned=10.0, sent=10.0, replied=15.0, ended=15.0, model_seconds=3.0)
+    assert clock.executor_seconds == 3.0
+    assert clock.step_seconds - clock.model_seconds == 3.0

@@ -56,12 +56,14 @@ class StepClock:
     def __init__(self) -> None:
         self.steps = 0
         self.step_seconds = self.model_seconds = self.executor_seconds = 0.0
-        self._replied = self._ended = 0.0
+        self._replied = self._ended = self._executor_balance = 0.0
 
     def add(self, planned: float, sent: float, replied: float, ended: float, model_seconds: float) -> None:
         """A step is done; called in the order of the steps."""
         self.steps += 1
         self.step_seconds += ended - max(planned, self._ended)
         self.model_seconds += model_seconds
-        self.executor_seconds += max(0.0, replied - max(sent, self._replied) - model_seconds)
+        # Whoever looks late at one reply finds the next one early, so single steps may come out below nothing.
+        self._executor_balance += replied - max(sent, self._replied) - model_seconds
+        self.executor_seconds = max(self.executor_seconds, self._executor_balance)
         self._replied, self._ended = replied, ended
