@@ -185,11 +185,8 @@ class Tokenizer:
 
     def template_variables(self, chat_template: str | None = None) -> frozenset[str]:
         """The names that the chat template looks up: whether it knows ``tools``, say. Raises as rendering does."""
-        from jinja2 import meta
-
-        source = self._source(chat_template)
         self._compiled(chat_template)
-        return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
+        return _variables(self._source(chat_template))
 
     def _source(self, chat_template: str | None) -> str:
         source = self.chat_template if chat_template is None else chat_template
@@ -201,12 +198,7 @@ class Tokenizer:
         return source
 
     def _compiled(self, chat_template: str | None) -> jinja2.Template:
-        import jinja2
-
-        try:
-            return _compile(self._source(chat_template))
-        except jinja2.TemplateError as broken:
-            raise ConfigError(f"the model's chat template is broken: {_first_line(broken)}") from None
+        return compile_chat_template(self._source(chat_template))
 
     def _raw(self, token_id: int) -> bytes:
         if (added := self._added.get(token_id)) is not None:
@@ -258,9 +250,26 @@ def _check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [dict(m) for m in messages]
 
 
+def compile_chat_template(source: str) -> jinja2.Template:
+    """Raises ConfigError if it is no template."""
+    import jinja2
+
+    try:
+        return _compile(source)
+    except jinja2.TemplateError as broken:
+        raise ConfigError(f"the model's chat template is broken: {_first_line(broken)}") from None
+
+
 @lru_cache(maxsize=_MAX_TEMPLATES)
 def _compile(source: str) -> jinja2.Template:
     return _environment().from_string(source)
+
+
+@lru_cache(maxsize=_MAX_TEMPLATES)
+def _variables(source: str) -> frozenset[str]:
+    from jinja2 import meta
+
+    return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
 
 
 @lru_cache(maxsize=1)
