@@ -90,6 +90,9 @@ def test_keys_come_from_everywhere(tmp_path):
         (["--api-key", "a b"], 1, "API key 1 of 1 cannot be sent"),
         (["--api-key-file", "/nowhere"], 1, "cannot read the API key file /nowhere"),
         (["--chat-template", "/nowhere"], 1, "cannot read --chat-template /nowhere"),
+        (["--chat-template", "BROKEN"], 1, "chat template is broken"),
+        (["--tool-call-parser", "nonsense"], 1, "tool_call_parser='nonsense' is not known; use auto"),
+        (["--otlp-traces-endpoint", "nowhere"], 1, "nowhere"),
         (["--max-request-bytes", "much"], 2, "'much' is no size"),
         (["--root-path", "llm"], 1, "root_path='llm' must begin with a slash"),
         (["--allow-credentials", "--allowed-origins", "*"], 1, "allow_credentials needs origins by name"),
@@ -98,8 +101,10 @@ def test_keys_come_from_everywhere(tmp_path):
         (["--no-such-option"], 2, "No such option"),
     ],
 )
-def test_wrong_options_are_one_line(options, status, words, capsys, monkeypatch):
+def test_wrong_options_are_one_line(options, status, words, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("LIGHTVLLM_API_KEY", "")
+    (tmp_path / "BROKEN").write_text("{% if %}")
+    options = [str(tmp_path / "BROKEN") if option == "BROKEN" else option for option in options]
     assert main(["serve", "no-such-model", *options]) == status
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")

@@ -176,13 +176,19 @@ class ServerOptions:
         """
         from pydantic import ValidationError
 
+        from lightvllm.engine.tokenizer import compile_chat_template
         from lightvllm.server.settings import RateLimit, ServerSettings
+        from lightvllm.server.tools import check_format
 
+        check_format(self.tool_call_parser)
+        chat_template = None if self.chat_template is None else _text(self.chat_template, "--chat-template")
+        if chat_template is not None:
+            compile_chat_template(chat_template)
         try:
             return ServerSettings(
                 served_model_names=tuple(self.served_model_name or [model]),
                 response_role=self.response_role,
-                chat_template=None if self.chat_template is None else _text(self.chat_template, "--chat-template"),
+                chat_template=chat_template,
                 tool_call_parser=self.tool_call_parser,
                 max_logprobs=self.max_logprobs,
                 request_timeout=self.timeout,
