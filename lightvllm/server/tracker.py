@@ -1,7 +1,7 @@
 """``RequestTracker`` follows one request of the engine; ``RequestHistograms`` is where all of them leave their times.
 
-Times are the engine's where it knows better (``RequestOutput.metrics``: the time when a token was sampled, not when it
-was noticed here); both are ``time.monotonic()`` of one host.
+Times are the engine's where it tells them (``RequestOutput.metrics``: when a token was sampled, not when it was noticed
+here), else those at which outputs came; both are ``time.monotonic()`` of one host.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class RequestTracker:
     """
 
     __slots__ = (
-        "_kind", "_last_token", "_lengths", "_totals",
+        "_kind", "_last_token", "_lengths", "_told_last", "_totals",
         "arrival", "cached_tokens", "ended_at", "ending", "params", "prompt_tokens", "times",
     )  # fmt: skip
 
@@ -127,7 +127,8 @@ class RequestTracker:
         self.params = params
         self._kind = output_kind
         self._lengths: dict[int, int] = {}  # tokens of each continuation
-        self._last_token: float | None = None
+        self._last_token: float | None = None  # when it was sampled, as far as is known
+        self._told_last: float | None = None  # the engine's latest word on that
 
     @property
     def generated_tokens(self) -> int:
@@ -165,16 +166,17 @@ class RequestTracker:
         self.end("stop")
 
     def _got_tokens(self, times: RequestMetrics, steps: int) -> None:
-        latest = times.last_token_time
-        if latest is None or times.first_token_time is None:
+        if times.first_token_time is None or times.last_token_time is None:
             return
-        before = self._last_token
+        latest, before = times.last_token_time, self._last_token
         if before is None:
             self._totals.first_token.observe(self.first_token_seconds or 0.0)
             before, steps = times.first_token_time, steps - 1
+        elif latest == self._told_last:  # the engine tells its times in the first and the last output only
+            latest = time.monotonic()
         if steps > 0:  # outputs that came as one are taken to be evenly spaced
             self._totals.inter_token.observe(max(0.0, latest - before) / steps, steps)
-        self._last_token = latest
+        self._last_token, self._told_last = latest, times.last_token_time
 
     def end(self, ending: Ending) -> None:
         """The request has ended so; a second call changes nothing."""
