@@ -11,7 +11,6 @@ equal batches.
 
 from __future__ import annotations
 
-import heapq
 import random
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from lightvllm.config import EngineConfig
 from lightvllm.engine import sequence
+from lightvllm.engine.deadlines import Deadlines
 from lightvllm.engine.intake import Intake, Prompt, TokensPrompt, check_priority, check_stream, check_timeout
 from lightvllm.engine.outputs import RequestOutput
 from lightvllm.engine.request import Completion, Request, Stream
@@ -110,7 +110,7 @@ class LLMEngine:
             config.scheduler,
             num_blocks=executor.num_kv_blocks,
             block_size=config.cache.block_size,
-            enable_prefix_caching=config.cache.enable_prefix_caching,
+            enable_prefix_caching=config.cache.enable_prefix_caching and config.model.reads_prefix_cache,
             max_in_flight=self._depth,
             lookahead=lookahead,
         )
@@ -120,7 +120,7 @@ class LLMEngine:
         self._requests: dict[str, Request] = {}
         self._completions: dict[int, Completion] = {}  # by seq_id, unfinished ones
         self._in_flight: deque[_InFlight] = deque()
-        self._deadlines: list[tuple[float, str]] = []  # a heap; entries of requests that have ended are dropped late
+        self._deadlines = Deadlines(self._is_due_then)
         self._ended: list[RequestOutput] = []  # by expiry, for the next ``step`` or ``expire`` to report
         self._intake = Intake(config, tokenizer, executor.num_kv_blocks)
         self._clock = StepClock()
@@ -152,11 +152,7 @@ class LLMEngine:
 
         Raises ConfigError for what cannot be run; nothing is queued then.
         """
-        self._check_usable()
-        if request_id in self._requests:
-            raise ConfigError(f"request_id={request_id!r} is in use; give each unfinished request its own")
-        check_priority(priority)
-        check_timeout(timeout)
+        self._check_new(request_id, priority, timeout)
         check_stream(stream)
         params = self._intake.params(sampling_params)
         text, token_ids = self._intake.prompt(prompt)
@@ -181,16 +177,49 @@ class LLMEngine:
             )
             self._next_seq_id += 1
             completions.append(Completion(index, seq, self.tokenizer))
-            self._completions[seq.seq_id] = completions[-1]
-            self.scheduler.add(seq)
+        self._queue(request_id, text, completions, stream, timeout)
+
+    def add_embedding_request(
+        self, request_id: str, prompt: Prompt, *, priority: int = 0, timeout: float | None = None
+    ) -> None:
+        """Queue a prompt whose embedding ``step`` reports: a finished output with ``RequestOutput.embedding``.
+
+        Arguments and errors are those of ``add_request``, which such a model refuses.
+        """
+        self._check_new(request_id, priority, timeout)
+        self._intake.check_embeds()
+        text, token_ids = self._intake.prompt(prompt)
+        seq = sequence.Sequence(
+            seq_id=self._next_seq_id,
+            request_id=request_id,
+            token_ids=token_ids,
+            prompt_len=len(token_ids),
+            seed=0,
+            sampling=SamplingParams(max_tokens=1),
+            max_len=len(token_ids) + 1,
+            priority=priority,
+        )
+        self._next_seq_id += 1
+        self._queue(request_id, text, [Completion(0, seq, None)], False, timeout)
+
+    def _check_new(self, request_id: str, priority: int, timeout: float | None) -> None:
+        self._check_usable()
+        if request_id in self._requests:
+            raise ConfigError(f"request_id={request_id!r} is in use; give each unfinished request its own")
+        check_priority(priority)
+        check_timeout(timeout)
+
+    def _queue(
+        self, request_id: str, text: str | None, completions: list[Completion], stream: Stream, timeout: float | None
+    ) -> None:
+        for completion in completions:
+            self._completions[completion.seq.seq_id] = completion
+            self.scheduler.add(completion.seq)
         now = time.monotonic()
         deadline = None if timeout is None else now + timeout
         self._requests[request_id] = Request(request_id, text, completions, stream, now, deadline)
         if deadline is not None:
-            if len(self._deadlines) > 2 * len(self._requests) + 64:  # mostly of requests that ended in time
-                self._deadlines = [entry for entry in self._deadlines if self._is_due_then(*entry)]
-                heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (deadline, request_id))
+            self._deadlines.add(deadline, request_id)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
@@ -320,13 +349,18 @@ class LLMEngine:
             if seq_id in self._completions:
                 self._completions[seq_id].take_prompt_logprobs(found)
         alive = self.scheduler.update(batch, output.token_ids)
-        self._generation_tokens += sum(seq.seq_id not in output.errors for seq in alive)
+        embeddings: dict[int, list[float]] = {}
+        if output.embeddings is not None:
+            embeddings = dict(zip(output.seq_ids, output.embeddings.numpy().tolist(), strict=True))
+        self._generation_tokens += sum(not (s.seq_id in output.errors or s.seq_id in embeddings) for s in alive)
         eos_token_ids, logprobs = self.config.model.eos_token_ids, output.logprobs
         for seq in alive:
             completion = self._completions[seq.seq_id]
             error = output.errors.get(seq.seq_id)
             if error is not None:
                 completion.fail(error)
+            elif seq.seq_id in embeddings:
+                completion.embed(embeddings[seq.seq_id])
             else:
                 completion.append(logprobs.get(seq.seq_id), eos_token_ids)
             if seq.finish_reason is not None:
@@ -347,14 +381,11 @@ class LLMEngine:
         return outputs
 
     def _expire(self) -> None:
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, request_id = heapq.heappop(self._deadlines)
-            if self._is_due_then(deadline, request_id):
-                self._ended.append(self._end(self._requests[request_id], "timeout"))
+        for request_id in self._deadlines.pop_due(time.monotonic()):
+            self._ended.append(self._end(self._requests[request_id], "timeout"))
 
     def _is_due_then(self, deadline: float, request_id: str) -> bool:
-        """Whether an entry of the deadlines is that of a request that is unfinished."""
+        """Whether this is the deadline of a request that is unfinished."""
         request = self._requests.get(request_id)
         return request is not None and request.deadline == deadline
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 from lightvllm.config import ExecutorName, KubernetesTransport, PipelineTransport
 from lightvllm.engine.engine import LLMEngine, OnStep, Prompt, TokensPrompt
 from lightvllm.engine.options import Options, Strategy
-from lightvllm.engine.outputs import RequestOutput
+from lightvllm.engine.outputs import EmbeddingOutput, RequestOutput
 from lightvllm.engine.tokenizer import Message, Tokenizer
 from lightvllm.errors import ConfigError
 from lightvllm.sampling_params import SamplingParams
@@ -180,6 +180,19 @@ class LLM:
         """
         return self._run(_as_list(prompts), sampling_params, stream=True)
 
+    def embed(self, prompts: Prompt | Sequence[Prompt], use_tqdm: bool = True) -> list[EmbeddingOutput]:
+        """Each prompt as a vector, in the order of the prompts; of a model that makes embeddings.
+
+        Raises as ``generate`` does; ConfigError if the model generates text.
+        """
+        listed = _as_list(prompts)
+        embedded: dict[int, EmbeddingOutput] = {}
+        with _bar(len(listed), shown=use_tqdm) as advance:
+            for output in self._run(listed, None, stream=False, embed=True):
+                embedded[output.prompt_index] = EmbeddingOutput.of(output)
+                advance(output)
+        return [embedded[index] for index in range(len(listed))]
+
     def preprocess_chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
@@ -212,6 +225,7 @@ class LLM:
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         stream: bool,
+        embed: bool = False,
     ) -> Generator[RequestOutput, None, None]:
         """Queue the prompts and yield their outputs.
 
@@ -225,7 +239,10 @@ class LLM:
             for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
                 request_id = str(self._num_requests)
                 self._num_requests += 1
-                self.engine.add_request(request_id, prompt, one, stream=stream)
+                if embed:
+                    self.engine.add_embedding_request(request_id, prompt)
+                else:
+                    self.engine.add_request(request_id, prompt, one, stream=stream)
                 self._inboxes[request_id] = index, inbox
                 unfinished.add(request_id)
             while unfinished:

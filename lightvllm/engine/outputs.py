@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightvllm.engine.sequence import FinishReason
+from lightvllm.errors import LightvllmError
 
 
 @dataclass(slots=True)
@@ -123,3 +124,10 @@ class EmbeddingOutput:
     prompt_token_ids: list[int]
     embedding: list[float]
     num_cached_tokens: int | None = None
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> EmbeddingOutput:
+        """A finished output of an embedding request. Raises LightvllmError if it ended otherwise."""
+        if output.embedding is None:
+            raise LightvllmError(f"embedding {output.request_id} ended with {output.outputs[0].finish_reason}")
+        return cls(output.request_id, output.prompt_token_ids, output.embedding, output.num_cached_tokens)

@@ -31,6 +31,7 @@ class Completion:
             self.prompt_logprobs = [None]
         else:
             seq.num_prompt_logprobs = seq.prompt_len
+        self.embedding: list[float] | None = None
         self._changed = False
         self._reported_tokens = self._reported_chars = 0  # by ``delta``
 
@@ -86,6 +87,12 @@ class Completion:
         self.seq.token_ids.pop()
         self.seq.stop_reason = error
         self.finish("error")
+
+    def embed(self, vector: list[float]) -> None:
+        """End it with what was asked for: its prompt's embedding, in the place of a token."""
+        self.seq.token_ids.pop()
+        self.embedding = vector
+        self.finish("stop")
 
     def finish(self, reason: FinishReason) -> None:
         """End it from outside; the text that was held back becomes final."""
@@ -192,6 +199,7 @@ class Request:
             metrics=self.metrics.snapshot(preemptions),
             num_cached_tokens=None if cached < 0 else cached,
             prompt_logprobs=self._prompt_logprobs(),
+            embedding=self.completions[0].embedding,
         )
 
     def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
@@ -199,5 +207,7 @@ class Request:
         first = self.completions[0]
         if first.seq.wants_prompt_logprobs or (self.stream == "delta" and self._told_prompt_logprobs):
             return None
-        self._told_prompt_logprobs = True
-        return first.prompt_logprobs
+        found = first.prompt_logprobs
+        if self.stream == "delta":
+            self._told_prompt_logprobs, first.prompt_logprobs = True, None  # they are large, and not needed any more
+        return found
