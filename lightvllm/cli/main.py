@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from lightvllm.cli import certs, doctor, generate, kernels, models, parity, router, serve, worker
+from lightvllm.cli import certs, doctor, generate, kernels, models, parity, router, run_batch, serve, worker
 from lightvllm.errors import LightvllmError, WorkerError
 from lightvllm.version import __version__
 
@@ -69,6 +69,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
 app.command("router")(router.router)
+app.command("run-batch")(run_batch.run_batch)
 app.command("parity")(parity.parity)
 app.command("worker")(worker.worker)
 app.command("certs")(certs.certs)
