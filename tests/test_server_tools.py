@@ -21,7 +21,7 @@ from lightvllm.server.params import structured_outputs
 from lightvllm.server.settings import ServerSettings
 from lightvllm.server.tool_calls import ToolFormat
 from lightvllm.server.tool_parsers import PARSERS
-from lightvllm.server.tools import ToolUse, detect, tool_use
+from lightvllm.server.tools import ToolUse, check_format, detect, tool_use
 
 FORMATS: list[ToolFormat] = ["hermes", "llama3_json", "mistral", "pythonic"]
 SCHEMA = {
@@ -196,6 +196,13 @@ def test_the_server_may_choose_the_format(folder: Path) -> None:
     with pytest.raises(ApiError, match="leave tools out"):
         use_of(client, request(tools=[TOOL]), tool_call_parser="none")
     assert not use_of(client, request(tools=[TOOL], tool_choice="none"), tool_call_parser="none").active
+
+
+@pytest.mark.parametrize("name", [None, "auto", "none", *FORMATS])
+def test_a_setting_is_checked_before_there_is_a_request(name: str | None) -> None:
+    assert check_format(name) == (None if name == "auto" else name)
+    with pytest.raises(ConfigError, match="use auto, hermes, llama3_json, mistral, pythonic or none"):
+        check_format("xml")
 
 
 def test_forms_and_tools_together(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, Tag
 
 from lightvllm.sampling_params import MAX_LOGPROBS
 from lightvllm.server.protocol import (
@@ -17,6 +17,7 @@ from lightvllm.server.protocol import (
     RequestModel,
     Usage,
     refused,
+    told_apart_by,
 )
 
 MAX_MESSAGES = 16_384
@@ -90,7 +91,20 @@ class ToolMessage(_Message):
     tool_call_id: str = ""
 
 
-ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+ChatMessage = Annotated[
+    Annotated[SystemMessage, Tag("SystemMessage")]
+    | Annotated[UserMessage, Tag("UserMessage")]
+    | Annotated[AssistantMessage, Tag("AssistantMessage")]
+    | Annotated[ToolMessage, Tag("ToolMessage")],
+    told_apart_by(
+        "role",
+        system="SystemMessage",
+        developer="SystemMessage",
+        user="UserMessage",
+        assistant="AssistantMessage",
+        tool="ToolMessage",
+    ),
+]
 
 
 class FunctionDefinition(RequestModel):

@@ -12,7 +12,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    WithJsonSchema,
+)
 
 from lightvllm.engine.intake import MAX_PRIORITY
 from lightvllm.sampling_params import MAX_LOGPROBS
@@ -40,6 +49,23 @@ def refused(advice: str) -> Any:
         return None if value is None else fail()
 
     return Annotated[None, BeforeValidator(refuse), WithJsonSchema({"type": "null", "description": advice})]
+
+
+def told_apart_by(field: str, **models: str) -> Discriminator:
+    """For a union of models whose ``field`` tells which it is; ``models`` gives each value's ``Tag``.
+
+    Tags are class names, which errors leave out of the path to a wrong field, as they are none of the request's.
+    """
+
+    def tag(value: Any) -> str | None:
+        kind = value.get(field) if isinstance(value, dict) else getattr(value, field, None)
+        return models.get(kind) if isinstance(kind, str) else None
+
+    return Discriminator(
+        tag,
+        custom_error_type="unknown_kind",
+        custom_error_message=f"Input should be an object whose {field} is {', '.join(models)}",
+    )
 
 
 class RequestModel(BaseModel):
@@ -84,7 +110,12 @@ class JsonSchemaResponseFormat(RequestModel):
     json_schema: JsonSchemaFormat
 
 
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaResponseFormat, Field(discriminator="type")]
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("TextFormat")]
+    | Annotated[JsonObjectFormat, Tag("JsonObjectFormat")]
+    | Annotated[JsonSchemaResponseFormat, Tag("JsonSchemaResponseFormat")],
+    told_apart_by("type", text="TextFormat", json_object="JsonObjectFormat", json_schema="JsonSchemaResponseFormat"),
+]
 
 
 class StructuredOutputsRequest(RequestModel):

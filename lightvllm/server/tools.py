@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lightvllm.engine.protocol import EngineClient
 from lightvllm.errors import ConfigError
@@ -23,6 +23,9 @@ from lightvllm.server.errors import ApiError
 from lightvllm.server.settings import ServerSettings
 from lightvllm.server.tool_calls import ToolFormat, ToolParser, write_calls
 from lightvllm.server.tool_parsers import PARSERS
+
+NONE: Literal["none"] = "none"
+"""Of the setting ``tool_call_parser``: there are no tools."""
 
 _PYTHONIC = re.compile(r"\[func_name1?\(")
 _FOREIGN = ("<function=", "<arg_key>", "<｜tool", "<|tool_calls_section")
@@ -60,14 +63,14 @@ class ToolUse:
         return PARSERS[self.format](self.names, self.parallel)
 
 
-def check_format(name: str | None) -> ToolFormat | None:
-    """A setting's value; ``"auto"`` is None. Raises ConfigError."""
-    if name is None or name == "auto":
-        return None
-    for known in PARSERS:
+def check_format(name: str | None) -> ToolFormat | Literal["none"] | None:
+    """The setting ``tool_call_parser``; ``"auto"`` is None. Raises ConfigError for another word."""
+    for known in (*PARSERS, NONE):
         if name == known:
             return known
-    raise ConfigError(f"tool_call_parser={name!r} is not known; use auto, {', '.join(PARSERS)} or none")
+    if name not in (None, "auto"):
+        raise ConfigError(f"tool_call_parser={name!r} is not known; use auto, {', '.join(PARSERS)} or none")
+    return None
 
 
 def detect(chat_template: str) -> ToolFormat | None:
@@ -142,11 +145,11 @@ def tool_use(
 
 
 def _format(settings: ServerSettings, chat_template: str, *, native: bool, needed: bool) -> ToolFormat:
-    if settings.tool_call_parser == "none":
+    chosen = check_format(settings.tool_call_parser) or (detect(chat_template) if native else "hermes")
+    if chosen == "none":
         if needed:
             raise ApiError(400, "this server was started with tool_call_parser=none; leave tools out", param="tools")
         return "hermes"
-    chosen = check_format(settings.tool_call_parser) or (detect(chat_template) if native else "hermes")
     if chosen is None:
         if needed:
             raise ApiError(
