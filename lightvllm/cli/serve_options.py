@@ -100,7 +100,12 @@ class ServerOptions:
         Path | None, _in(_API, help="File with a Jinja chat template.", show_default="the model's")
     ] = None
     tool_call_parser: Annotated[
-        str | None, _in(_API, help="How the model writes tool calls.", show_default="by the chat template")
+        str | None,
+        _in(
+            _API,
+            help="How the model writes tool calls: auto, hermes, llama3_json, mistral, pythonic, or none.",
+            show_default="by the chat template",
+        ),
     ] = None
     response_role: Annotated[str, _in(_API, help="The role of chat answers.")] = "assistant"
     max_logprobs: Annotated[
