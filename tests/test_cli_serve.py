@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -16,12 +17,14 @@ import httpx2 as httpx
 import psutil
 import pytest
 import tiny_llama
+import typer
 from server_process import ServerProcess, started
 from waiting import gone, wait_until
 
 from lightvllm import logs
 from lightvllm.cli import serve_options
-from lightvllm.cli.main import main
+from lightvllm.cli.main import app, main
+from lightvllm.cli.options import EngineOptions
 from lightvllm.cli.serve_options import ListenOptions, ServerOptions
 from lightvllm.errors import ConfigError
 from lightvllm.server.listen import ListenSettings
@@ -51,6 +54,24 @@ def test_defaults_are_the_settings():
     read_otherwise = {"served_model_names": "served_model_name", "api_keys": "api_key", "request_timeout": "timeout"}
     names = {read_otherwise.get(name, name) for name in ServerSettings.model_fields}
     assert {field.name for field in fields(ServerOptions)} == names | {"api_key_file"}
+
+
+def test_every_option_is_in_the_docs_with_its_default():
+    page = (Path(__file__).parent.parent / "docs/serving.md").read_text()
+    rows = [row.split("|")[1:3] for row in page.split("## Settings")[1].split("\n## ")[0].splitlines() if "`--" in row]
+    told = {name: default.strip(" `") for names, default in rows for name in re.findall(r"`(--?[a-z-]+)`", names)}
+    engine = {field.name for field in fields(EngineOptions)}
+    for parameter in typer.main.get_command(app).commands["serve"].params:  # type: ignore[attr-defined]
+        if parameter.name in engine | {"model", "help"}:
+            continue
+        name, default = parameter.opts[0], getattr(parameter.default, "value", parameter.default)
+        assert {*parameter.opts, *parameter.secondary_opts} <= told.keys()
+        if isinstance(default, bool):
+            assert told[name] == ("on" if default else "off"), name
+        elif isinstance(default, str | int | float) and default != "":
+            assert told[name] == (f"{default:g}" if isinstance(default, float) else str(default)), name
+        else:
+            assert told[name] in ("", "none", "all", "MODEL as given", "the model's", "by the chat template"), name
 
 
 def test_choices_are_the_logs():
