@@ -167,6 +167,8 @@ class Pool:
         if not self._settings.max_held or not self._settings.hold_timeout:
             raise self._none_came(request.model)
         held = _Held(request.arrival, request.key, avoid)
+        if not queue:
+            logger.info("no replica of %r can take requests: they are held", request.model)
         queue = self._held.setdefault(request.model, [])
         bisect.insort(queue, held, key=lambda other: other.arrival)
         began = time.monotonic()
