@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import random
+import shutil
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,12 +19,15 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
+import tiny_llama
 from async_engines import SMALL, Make, collect, idle, llm_answers, plain, use_the_fake, when, write_model
 from waiting import gone
 
-from lightvllm import AsyncLLM, SamplingParams
+from lightvllm import LLM, AsyncLLM, SamplingParams
+from lightvllm.engine import async_llm, intake
 from lightvllm.engine.core_process import ProcessCore
 from lightvllm.errors import ConfigError, LightvllmError, PlacementError, QueueFull, RpcTimeout, Shutdown, WorkerDied
+from lightvllm.sampling_params import StructuredOutputs
 
 SLOW = {"FAKE_STEP_SECONDS": "0.02"}
 HANGING = {"FAKE_STEP_SECONDS": "1000"}
@@ -137,6 +142,68 @@ async def test_chat_is_generate_after_the_template(make: Make) -> None:
         engine.chat([{"role": "nobody", "content": "hello"}])
 
 
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama.build(tmp_path_factory.mktemp("real"))
+
+
+@pytest.mark.asyncio
+async def test_a_real_model_says_what_llm_says(mode: str, real: Path) -> None:
+    prompts, asked = ["The quick brown", "Paris"], [params(1, logprobs=1, prompt_logprobs=1), params(2, temperature=0)]
+    with LLM(real, num_kv_blocks=32, threads=1) as llm:
+        expected = llm.generate(prompts, asked)
+    async with await AsyncLLM.create(real, engine_process=mode == "process", num_kv_blocks=32, threads=1) as engine:
+        streams = [
+            engine.generate(prompt, one, output_kind="delta") for prompt, one in zip(prompts, asked, strict=True)
+        ]
+        for deltas, right in zip(await asyncio.gather(*map(collect, streams)), expected, strict=True):
+            told = deltas[0]
+            for delta in deltas[1:]:
+                told.add(delta)
+            assert plain(told) == plain(right)
+            assert told.prompt_logprobs == right.prompt_logprobs
+        (whole,) = await collect(engine.generate(prompts[0], asked[0], output_kind="final"))
+        assert whole.prompt_logprobs == expected[0].prompt_logprobs
+        with pytest.raises(ConfigError, match="generates text and makes no embeddings"):
+            await engine.embed("Paris")
+
+
+@pytest.mark.asyncio
+async def test_a_model_that_makes_embeddings(mode: str, real: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(real, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    with LLM(folder, num_kv_blocks=32, threads=1) as llm:
+        expected = llm.embed(["The quick brown", "Paris"])
+    async with await AsyncLLM.create(folder, engine_process=mode == "process", num_kv_blocks=32, threads=1) as engine:
+        assert (engine.info.can_embed, engine.info.can_generate) == (True, False)
+        got = await asyncio.gather(engine.embed("The quick brown"), engine.embed("Paris", "mine", priority=1))
+        assert [output.embedding for output in got] == [output.embedding for output in expected]
+        assert [output.prompt_token_ids for output in got] == [output.prompt_token_ids for output in expected]
+        assert got[1].request_id == "mine"
+        with pytest.raises(ConfigError, match="makes embeddings and generates no text"):
+            await collect(engine.generate("Paris"))
+        leaving = asyncio.ensure_future(engine.embed("The quick brown fox"))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        await idle(engine)
+
+
+@pytest.mark.asyncio
+async def test_structured_outputs_are_checked_here_and_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = await make()
+    asked = params(max_tokens=3, structured_outputs=StructuredOutputs(regex="(unclosed"))
+    with pytest.raises(ConfigError, match="structured_outputs"):
+        await collect(engine.generate("hello", asked))
+    looked: list[int] = []
+    monkeypatch.setattr(async_llm, "check_structured", lambda *_: looked.append(threading.get_ident()))
+    monkeypatch.setattr(intake, "check_structured", lambda *_: looked.append(0))
+    await collect(engine.generate("hello", asked))  # the fake does not mind the grammar
+    assert looked[0] != threading.get_ident()
+    assert looked[1:] == [0]
+
+
 @pytest.mark.asyncio
 async def test_without_a_tokenizer(make: Make) -> None:
     engine = await make(skip_tokenizer_init=True)
@@ -167,8 +234,6 @@ async def test_what_is_known_of_an_engine(make: Make, folder: Path) -> None:
     assert (engine.state, engine.failure, engine.stats.num_kv_blocks) == ("ready", None, 128)
     await engine.check_health()
     await asyncio.gather(engine.check_health(), engine.check_health())
-    with pytest.raises(ConfigError, match="makes no embeddings"):
-        await engine.embed("hello")
 
 
 @pytest.mark.asyncio

@@ -38,6 +38,7 @@ from lightvllm.engine.options import Configured, Options, check_type
 from lightvllm.engine.outputs import EmbeddingOutput, RequestOutput
 from lightvllm.engine.protocol import EngineInfo, EngineState, EngineStats, OutputKind, RankState
 from lightvllm.engine.request_stream import RequestStream
+from lightvllm.engine.structured import check_structured
 from lightvllm.engine.tokenizer import Message, Tokenizer
 from lightvllm.errors import ConfigError, RpcTimeout, Shutdown
 from lightvllm.sampling_params import SamplingParams
@@ -120,6 +121,8 @@ class AsyncLLM:
             executor=configured.executor.name,
             config=config,
             version=__version__,
+            can_generate=config.model.pooling is None,
+            can_embed=config.model.pooling is not None,
             max_num_waiting=max_num_waiting,
         )
         self._tokenizer = tokenizer
@@ -202,7 +205,14 @@ class AsyncLLM:
         output_kind: OutputKind = "cumulative",
     ) -> AsyncGenerator[RequestOutput, None]:
         """See ``EngineClient.generate``. Nothing happens before the first ``anext``."""
-        number, stream = self._add(prompt, sampling_params, request_id, priority, timeout, output_kind)
+        self._check_usable()
+        check_type("output_kind", output_kind, OutputKind)
+        structured = getattr(sampling_params, "structured_outputs", None)
+        if structured is not None:  # may take seconds; what was found is kept
+            await asyncio.to_thread(check_structured, structured, self._info.config.model)
+            self._check_usable()
+        params = self._intake.params(sampling_params)
+        number, stream = self._add(prompt, params, request_id, priority, timeout, output_kind)
         try:
             while True:
                 output = await stream.next()
@@ -233,8 +243,14 @@ class AsyncLLM:
         )
 
     async def embed(self, prompt: Prompt, request_id: str | None = None, *, priority: int = 0) -> EmbeddingOutput:
+        """See ``EngineClient.embed``. Cancelling the task aborts the request."""
         self._check_usable()
-        raise ConfigError(f"model {self._info.model} makes no embeddings; it generates text")
+        self._intake.check_embeds()
+        number, stream = self._add(prompt, None, request_id, priority, None, "final")
+        try:
+            return EmbeddingOutput.of(await stream.next())
+        finally:
+            self._drop(number)
 
     async def check_health(self) -> None:
         """See ``EngineClient.check_health``. While steps run, the workers answer behind the one that is running."""
@@ -270,26 +286,25 @@ class AsyncLLM:
     def _add(
         self,
         prompt: Prompt,
-        sampling_params: SamplingParams | None,
+        params: SamplingParams | None,
         request_id: str | None,
         priority: int,
         timeout: float | None,
         output_kind: OutputKind,
     ) -> tuple[int, RequestStream]:
-        self._check_usable()
-        check_type("output_kind", output_kind, OutputKind)
+        """Check the rest of a request and send it on its way. ``params``: None for an embedding."""
         check_priority(priority)
         check_timeout(timeout)
         arrival_time = time.monotonic()
-        params = self._intake.params(sampling_params)
+        num_seqs = 1 if params is None else params.n
         text, token_ids = self._intake.prompt(prompt)
         number = self._num_requests
         name = f"request-{number}" if request_id is None else request_id
         if name in self._request_ids:
             raise ConfigError(f"request_id={name!r} is in use; give each unfinished request its own")
-        self._admission.admit(params.n, self._stats)
+        self._admission.admit(num_seqs, self._stats)
         self._num_requests += 1
-        stream = RequestStream(name, text, token_ids, params.n, arrival_time, output_kind)
+        stream = RequestStream(name, text, token_ids, num_seqs, arrival_time, output_kind)
         self._streams[number] = stream
         self._request_ids.add(name)
         self._core.send(Add(number, token_ids, params, output_kind != "final", arrival_time, priority, timeout))

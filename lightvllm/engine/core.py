@@ -117,7 +117,7 @@ class EngineCore:
             self._emit(Ended(Failure.of(error)))
             return
         try:
-            engine = LLMEngine(self._config, executor, tokenizer=self._tokenizer)
+            engine = LLMEngine(self._config, executor, tokenizer=self._tokenizer, structured_checked=True)
             self._executor = executor
             executor.register_failure_callback(lambda: self.post(_WorkerDied()))
             self._emit(Ready(rank_states(executor, self._config), engine.stats(), executor.start_seconds))
@@ -170,14 +170,18 @@ class EngineCore:
         timeout = command.timeout
         if timeout is not None:  # some of it has gone by while the step before was running
             timeout = max(timeout - (time.monotonic() - command.arrival_time), _SHORTEST_TIMEOUT)
-        engine.add_request(
-            str(command.number),
-            command.prompt_token_ids,
-            command.sampling_params,
-            stream="delta" if command.stream else False,
-            priority=command.priority,
-            timeout=timeout,
-        )
+        request_id, priority = str(command.number), command.priority
+        if command.sampling_params is None:
+            engine.add_embedding_request(request_id, command.prompt_token_ids, priority=priority, timeout=timeout)
+        else:
+            engine.add_request(
+                request_id,
+                command.prompt_token_ids,
+                command.sampling_params,
+                stream="delta" if command.stream else False,
+                priority=priority,
+                timeout=timeout,
+            )
         self._begun[command.number] = False
 
     def _delta(self, output: RequestOutput) -> Delta:

@@ -70,14 +70,17 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
-    """Run a request. ``stream``: report what is new after each step, or else all of it at its end.
+    """Run a request, which has been checked.
 
-    ``arrival_time`` is by ``time.monotonic()``, one clock for all processes of a machine; ``timeout`` counts from then.
+    Attributes:
+        sampling_params: None asks for an embedding.
+        stream: report what is new after each step; or else all of it at its end.
+        arrival_time: by ``time.monotonic()``, one clock for all processes of a machine. ``timeout`` counts from then.
     """
 
     number: int
     prompt_token_ids: list[int]
-    sampling_params: SamplingParams
+    sampling_params: SamplingParams | None
     stream: bool
     arrival_time: float
     priority: int = 0
@@ -132,6 +135,7 @@ class Delta(msgspec.Struct, array_like=True):
     num_cached_tokens: int | None = None
     metrics: RequestMetrics | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    embedding: list[float] | None = None
 
     @classmethod
     def of(cls, number: int, output: RequestOutput, *, first: bool) -> Delta:
@@ -143,6 +147,7 @@ class Delta(msgspec.Struct, array_like=True):
             output.num_cached_tokens if first else None,
             output.metrics if first or output.finished else None,
             output.prompt_logprobs,
+            output.embedding,
         )
 
     def add(self, later: Delta) -> None:
@@ -159,6 +164,7 @@ class Delta(msgspec.Struct, array_like=True):
             self.num_cached_tokens = later.num_cached_tokens
         if self.prompt_logprobs is None:
             self.prompt_logprobs = later.prompt_logprobs
+        self.embedding = self.embedding or later.embedding
 
 
 class Outputs(msgspec.Struct, tag=True):

@@ -86,6 +86,7 @@ class LLMEngine:
         tokenizer: None if only token ids go in and out (then there is no text and there are no stop strings).
         on_step: called after each step, before its tokens are taken in; with ``config.return_logits`` it sees the
             logits. Rows sampled for sequences that have ended meanwhile are left out.
+        structured_checked: see ``Intake``.
 
     Attributes:
         timings: of the latest steps.
@@ -98,6 +99,7 @@ class LLMEngine:
         *,
         tokenizer: Tokenizer | None = None,
         on_step: OnStep | None = None,
+        structured_checked: bool = False,
     ) -> None:
         self.config = config
         self.executor = executor
@@ -122,7 +124,7 @@ class LLMEngine:
         self._in_flight: deque[_InFlight] = deque()
         self._deadlines = Deadlines(self._is_due_then)
         self._ended: list[RequestOutput] = []  # by expiry, for the next ``step`` or ``expire`` to report
-        self._intake = Intake(config, tokenizer, executor.num_kv_blocks)
+        self._intake = Intake(config, tokenizer, executor.num_kv_blocks, structured_checked=structured_checked)
         self._clock = StepClock()
         self._prompt_tokens = self._generation_tokens = self._step_tokens = 0
         self._seeds = random.Random(config.seed)  # noqa: S311  not for secrets

@@ -31,12 +31,23 @@ Prompt = str | Sequence[int] | TokensPrompt
 
 
 class Intake:
-    """The checks of one engine, whose KV cache has ``num_kv_blocks`` blocks."""
+    """The checks of one engine, whose KV cache has ``num_kv_blocks`` blocks.
 
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None, num_kv_blocks: int) -> None:
+    ``structured_checked``: structured outputs come from another Intake; to look at them again could take seconds.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        num_kv_blocks: int,
+        *,
+        structured_checked: bool = False,
+    ) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._num_kv_blocks = num_kv_blocks
+        self._structured_checked = structured_checked
 
     def prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Its text, if it was given, and its tokens; they fit the model and the cache."""
@@ -78,7 +89,7 @@ class Intake:
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             if wrong := [i for i in getattr(params, name) or () if not 0 <= i < vocab_size]:
                 raise ConfigError(f"{name}={wrong[:8]} are not in the vocabulary; use 0 to {vocab_size - 1}")
-        if params.structured_outputs is not None:
+        if params.structured_outputs is not None and not self._structured_checked:
             check_structured(params.structured_outputs, self._config.model)
         if params.stop and self._tokenizer is None:
             raise ConfigError(f"stop={params.stop!r} needs text, but there is no tokenizer; use stop_token_ids")

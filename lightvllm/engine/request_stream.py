@@ -94,6 +94,7 @@ class RequestStream:
             metrics=self._metrics,
             num_cached_tokens=self._num_cached_tokens,
             prompt_logprobs=delta.prompt_logprobs if self._kind == "delta" else self._prompt_logprobs,
+            embedding=delta.embedding,
         )
 
     def _cumulative(self, delta: Delta) -> list[CompletionOutput]:
