@@ -238,7 +238,7 @@ def test_steps_are_counted_once_each_however_news_of_them_comes() -> None:
     assert got["vllm:iteration_tokens_total_bucket[('le', '128.0')]"] == 3
 
 
-def test_a_dead_worker_shows() -> None:
+def test_a_dead_worker_shows(caplog: pytest.LogCaptureFixture) -> None:
     client, metrics = ScriptedClient(tp=2), Metrics()
     ObservedEngine(client, metrics)
     client.kill(1)
@@ -246,7 +246,11 @@ def test_a_dead_worker_shows() -> None:
     assert got["lightvllm:engine_state[('state', 'failed')]"] == 1
     assert got["lightvllm:rank_up[('node', 'node-1'), ('rank', '1'), ('worker', 'worker-1')]"] == 0
     assert [error.message for error in metrics.errors] == ["worker worker-1 (rank 1) died: killed by SIGKILL"]
+    (record,) = caplog.records
+    assert record.getMessage() == "the engine has failed: worker worker-1 (rank 1) died: killed by SIGKILL"
+    assert (vars(record)["rank"], vars(record)["worker"], vars(record)["node"]) == (1, "worker-1", "node-1")
     client.set(state="ready")
+    assert "the engine is ready again after" in caplog.text
     got = scrape(metrics)
     assert got["lightvllm:restarts_total"] == 1
     assert got["lightvllm:recovery_seconds_total"] >= 0

@@ -10,6 +10,7 @@ happens in the server's event loop, so there are no locks.
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections import Counter, deque
@@ -35,6 +36,8 @@ from lightvllm.engine.protocol import EngineClient, EngineState, EngineStats
 from lightvllm.server.histogram import HTTP_SECONDS, STEP_TOKENS, Histogram
 from lightvllm.server.tracker import RequestHistograms
 from lightvllm.version import __version__
+
+logger = logging.getLogger(__name__)
 
 MAX_ERRORS = 20  # remembered for the status page
 ENGINE = "0"  # vLLM's label for the number of a data-parallel engine; a server has one
@@ -160,11 +163,17 @@ class Metrics(Collector):
         self._state = state
         if state == "failed":
             self._failed_at = time.monotonic()
-            self.failed("", self._client.failure or "the engine has failed")
+            why = self._client.failure or "no reason is known"
+            self.failed("", why)
+            dead = [rank for rank in self._client.ranks if rank.health == "dead"]
+            extra = {"rank": dead[0].rank, "worker": dead[0].worker, "node": dead[0].node} if dead else {}
+            logger.error("the engine has failed: %s", why, extra=extra)
         elif state == "ready" and self._failed_at is not None:
             self._restarts += 1
-            self._recovery_seconds += time.monotonic() - self._failed_at
+            away = time.monotonic() - self._failed_at
+            self._recovery_seconds += away
             self._failed_at = None
+            logger.warning("the engine is ready again after %.1f s", away)
 
     def collect(self) -> Iterator[Metric]:
         """All metric families; called by the registry at each scrape."""
