@@ -278,7 +278,13 @@ def test_embeddings(tokenizer: Tokenizer) -> None:
     assert engine.running == 0
 
 
-def test_texts_that_are_long_are_tokenized_aside(tokenizer: Tokenizer) -> None:
+def test_what_is_long_is_made_ready_aside(tokenizer: Tokenizer) -> None:
     engine = Engine(tokenizer, [[piece(0, "a", 1, "stop")]])
     with pytest.raises(ApiError, match="the prompt alone has 30000"):
         run(create_completion(engine, completion(prompt="x" * 30_000), SETTINGS))
+    one, many = ([{"role": "user", "content": "x"}] * count for count in (1, 80))
+    for messages in (one, many):
+        run(create_chat_completion(engine, chat(messages=messages, truncate_prompt_tokens=-1), SETTINGS))
+    short, long = (call["prompt"]["prompt"] for call in engine.calls)
+    assert long.count("<|user|>x") == 80
+    assert short.count("<|user|>x") == 1

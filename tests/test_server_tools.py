@@ -41,7 +41,7 @@ ANSWER = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": [
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 NATIVE = (
     "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}<tool_call>"
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content if m.content is not none }}"
     "{% for c in m.tool_calls or [] %}{{ c.id }}{{ c.function.arguments.a }}{% endfor %}{% endfor %}"
 )
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}, "strict": True}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from lightvllm.server.tool_calls import Parsed, ToolDelta, ToolParser
 from lightvllm.server.tools import ToolUse, tool_use
 from lightvllm.server.usage import UsageCounter
 
+MANY_MESSAGES = 64
+"""From which on they are put together in a thread, so that other streams go on meanwhile."""
+
 
 async def create_chat_completion(
     engine: EngineClient,
@@ -61,7 +65,10 @@ async def chat_prompt(
     engine: EngineClient, request: ChatCompletionRequest, settings: ServerSettings, use: ToolUse
 ) -> TokensPrompt:
     """What the model sees."""
-    text = prompt_text(request, engine, settings, use)
+    if len(request.messages) < MANY_MESSAGES:
+        text = prompt_text(request, engine, settings, use)
+    else:
+        text = await asyncio.to_thread(prompt_text, request, engine, settings, use)
     ids = await encode(engine, text, bool(request.add_special_tokens), "messages")
     return {"prompt_token_ids": fit(ids, engine, request, "messages"), "prompt": text}
 

@@ -86,7 +86,7 @@ def _message(
         elif calls:
             written = write_calls(tool_format, [(name, arguments) for _, name, arguments in calls])
             given["content"] = "\n".join(filter(None, (given["content"], written)))
-        if given["content"] is None:
+        if given["content"] is None and "tool_calls" not in given:  # templates tell calls from text by it
             given["content"] = ""
     return given
 
