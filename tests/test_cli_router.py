@@ -13,13 +13,19 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import yaml
 from fake_replica import FakeReplica, replicas, until
 from server_process import ServerProcess, started
+from typer.main import get_command
 from waiting import LIMIT
 
-from lightvllm.cli.main import main
+from lightvllm.backends.k8s import labels
+from lightvllm.cli.main import app, main
 from lightvllm.router.keys import ApiKeys, read_key
+from lightvllm.router.metrics import Metrics
+from lightvllm.router.pool import Pool
 from lightvllm.router.run import client_tls, server_tls
+from lightvllm.router.settings import RouterSettings
 
 COMMAND = [sys.executable, "-c", "from lightvllm.cli.main import run; run()", "router"]
 
@@ -247,3 +253,27 @@ def test_an_address_that_cannot_be_had_is_an_error_before_anything_starts():
     advice = "Address already in use; use another --port, or 0 for a free one"
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr == f"error: cannot listen on 127.0.0.1:{port}: {advice}\n"
+
+
+def test_the_documentation_and_the_samples_name_what_there_is():
+    root = Path(__file__).parent.parent
+    page, sample = (root / "docs/router.md").read_text(), (root / "manifests/samples/router.yaml").read_text()
+    options = {name for parameter in get_command(app).commands["router"].params for name in parameter.opts}
+    for text in (page, sample):
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--help", "--from-file", "--cert", "--key"}
+        assert named <= options, named - options
+    for path in set(re.findall(r"`((?:router|backends/k8s|cli)/\w+\.py)`", page)):
+        assert any((root / folder / path).exists() for folder in (".", "lightvllm")), path
+    metrics = Metrics()
+    metrics.watch(Pool(RouterSettings(models=("m",))))
+    shown = metrics.text().decode()
+    for name in re.findall(r"`(?:lightvllm_router|…)_(\w+)", page):
+        assert f"lightvllm_router_{name}" in shown, name
+    objects = [
+        *yaml.safe_load_all(sample),
+        *yaml.safe_load_all((root / "manifests/samples/keda-scaledobject.yaml").read_text()),
+    ]
+    target = next(o for o in objects if o["kind"] == "ScaledObject")["spec"]["scaleTargetRef"]
+    assert (target["apiVersion"], target["kind"]) == (f"{labels.GROUP}/{labels.VERSION}", labels.KIND)
+    (role,) = (o for o in objects if o["kind"] == "Role")
+    assert role["rules"][0] == {"apiGroups": [labels.GROUP], "resources": [labels.PLURAL], "verbs": ["list", "watch"]}

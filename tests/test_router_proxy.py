@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
 import random
@@ -131,6 +132,20 @@ async def test_a_body_is_sent_as_it_came():
         async with router.client.post(router.url + "/v1/completions?a=%20b&c", data=content) as answer:
             assert await answer.read() == content
         assert all_[0].seen[0][0] == "/v1/completions?a=%20b&c"
+
+
+@pytest.mark.asyncio
+async def test_a_compressed_body_is_sent_as_what_it_holds():
+    async with replicas("echo") as all_, routing(all_, max_request_bytes=10_000) as router:
+        await router.healthy(1)
+        for size, expected in ((100, 200), (100_000, 413)):
+            content = b'{"model": "m", "prompt": "%b"}' % (b"x" * size)
+            sent = {"data": gzip.compress(content), "headers": {"Content-Encoding": "gzip"}}
+            async with router.client.post(router.url + "/v1/completions", **sent) as answer:
+                assert answer.status == expected
+                assert expected == 413 or await answer.read() == content
+        ((_, headers, _),) = all_[0].seen
+        assert "content-encoding" not in headers
 
 
 @pytest.mark.asyncio

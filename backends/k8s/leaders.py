@@ -42,6 +42,11 @@ GRACE_SECONDS = 10.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before the next list after an error
 _PAGE = 500
 _GONE = 410
+_ADVICE = {
+    401: "; the credentials are not valid",
+    403: "; the service account needs the verbs list and watch",
+    404: "; is the resource's definition installed?",
+}
 _TCP_USER_TIMEOUT = getattr(socket, "TCP_USER_TIMEOUT", None)
 
 
@@ -261,18 +266,18 @@ class _Mirror:
                 for part in response.stream(amt=None, decode_content=False):
                     *lines, rest = (rest + part).split(b"\n")
                     yield from map(json.loads, filter(bytes.strip, lines))
-        except _Status as status:
+        except _Refused as status:
             if status.code != _GONE:
                 raise
             yield {"type": "ERROR", "object": {"code": _GONE}}
 
     @contextlib.contextmanager
     def _call(self, **arguments: Any) -> Iterator[Any]:
-        """The urllib3 response; raises _Status unless it is 2xx. Can be cut by ``stop``."""
+        """The urllib3 response; raises _Refused unless it is 2xx. Can be cut by ``stop``."""
         try:
             response = self._list(_preload_content=False, **arguments)
         except _kubernetes().client.ApiException as error:
-            raise _Status(error.status or 0, error.reason or "") from None
+            raise _Refused(error.status or 0, error.reason or "") from None
         response = getattr(response, "response", response)
         with self._lock:
             self._response = response
@@ -280,7 +285,7 @@ class _Mirror:
                 _cut(response)
         try:
             if not 200 <= response.status < 300:
-                raise _Status(response.status, response.reason or "")
+                raise _Refused(response.status, response.reason or "")
             yield response
         finally:
             with self._lock:
@@ -289,11 +294,11 @@ class _Mirror:
             response.release_conn()
 
 
-class _Status(LightvllmError):
+class _Refused(LightvllmError):
     """The API server refused."""
 
     def __init__(self, code: int, reason: str) -> None:
-        super().__init__(f"the API server says {code} {reason}".strip())
+        super().__init__(f"the API server says {code} {reason}".strip() + _ADVICE.get(code, ""))
         self.code = code
 
 
@@ -392,4 +397,6 @@ def _cut(response: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, LightvllmError):
+        return str(error)
     return f"{type(error).__name__}: {error}".splitlines()[0][:300] if str(error) else type(error).__name__

@@ -75,8 +75,9 @@ class Router:
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
         """aiohttp's start and end."""
-        async with self.upstream, follow(self.sources, self.pool):
-            yield
+        async with self.upstream:
+            async with follow(self.sources, self.pool):
+                yield
             await self.prober.close()
 
     @web.middleware

@@ -34,8 +34,8 @@ _NOT_UPSTREAM = _HOP_BY_HOP | {
     # The client's secrets are for the router, and what it says of its own address nobody has checked.
     *("authorization", "api-key", "x-api-key", "cookie"),
     *("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-port", "x-forwarded-proto", "x-real-ip"),
-    # Of the client's own connection and transfer.
-    *("host", "content-length", "expect", "accept-encoding", "x-request-id"),
+    # Of the client's own connection and transfer; aiohttp has decoded the body.
+    *("host", "content-length", "content-encoding", "expect", "accept-encoding", "x-request-id"),
 }
 _NOT_DOWNSTREAM = _HOP_BY_HOP | {"content-length", "date", "server", "set-cookie", "x-request-id"}
 
