@@ -14,9 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Protocol
 
 from lightvllm.config import EngineConfig
 from lightvllm.engine import sequence
@@ -27,54 +25,13 @@ from lightvllm.engine.request import Completion, Request, Stream
 from lightvllm.engine.scheduler import ScheduledBatch, Scheduler
 from lightvllm.engine.sequence import FinishReason
 from lightvllm.engine.stats import EngineStats, StepClock
+from lightvllm.engine.steps import MAX_TIMINGS, InFlight, OnStep, StepExecutor, StepTiming
 from lightvllm.engine.tokenizer import Tokenizer
 from lightvllm.errors import ConfigError, LightvllmError, Shutdown
-from lightvllm.messages import StepInput, StepOutput
+from lightvllm.messages import StepOutput
 from lightvllm.sampling_params import SamplingParams
 
 __all__ = ["LLMEngine", "OnStep", "Prompt", "StepExecutor", "StepTiming", "TokensPrompt"]
-
-MAX_TIMINGS = 65_536  # steps whose timing is kept; older ones are dropped
-
-
-class StepExecutor(Protocol):
-    """What the engine needs of an executor."""
-
-    @property
-    def max_concurrent_batches(self) -> int: ...
-
-    @property
-    def num_kv_blocks(self) -> int: ...
-
-    @property
-    def step_timeout(self) -> float: ...
-
-    def execute_model(self, scheduler_output: StepInput, non_block: bool = False) -> Any:
-        """With ``non_block=True``: a Future of the StepOutput, whose ``result(timeout)`` raises lightvllm's errors."""
-
-    def shutdown(self) -> None: ...
-
-
-class StepTiming(NamedTuple):
-    """One call of ``step``: ``seconds`` in all, ``model_seconds`` of them spent by the output rank."""
-
-    step: int
-    num_seqs: int
-    num_tokens: int
-    seconds: float
-    model_seconds: float
-
-
-class _InFlight(NamedTuple):
-    """A step that has been sent: when it was planned and sent, by ``time.perf_counter()``."""
-
-    batch: ScheduledBatch
-    future: Future[StepOutput]
-    planned: float
-    sent: float
-
-
-OnStep = Callable[[StepInput, StepOutput, ScheduledBatch], None]
 
 
 class LLMEngine:
@@ -121,7 +78,7 @@ class LLMEngine:
         self._max_len = min(config.model.max_model_len, self.scheduler.max_tokens + 1)
         self._requests: dict[str, Request] = {}
         self._completions: dict[int, Completion] = {}  # by seq_id, unfinished ones
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._deadlines = Deadlines(self._is_due_then)
         self._ended: list[RequestOutput] = []  # by expiry, for the next ``step`` or ``expire`` to report
         self._intake = Intake(config, tokenizer, executor.num_kv_blocks, structured_checked=structured_checked)
@@ -313,18 +270,14 @@ class LLMEngine:
             except BaseException as error:  # an interrupt too: nobody knows how far the step has come
                 self._failure = f"{type(error).__name__}: {error}"
                 raise
-            self._in_flight.append(_InFlight(batch, future, planned, sent))
+            self._in_flight.append(InFlight(batch, future, planned, sent))
 
-    def _finish_step(self, step: _InFlight, output: StepOutput, started: float) -> list[RequestOutput]:
+    def _finish_step(self, step: InFlight, output: StepOutput, started: float) -> list[RequestOutput]:
         """Take in a step's result, and account for it; ``started`` is when the call of ``step`` was made."""
         replied, batch = time.perf_counter(), step.batch
-        self._check_answer(batch, output)
+        step.check(output)
         if self.on_step is not None:
-            alive = [not seq.is_finished for seq in batch.sampled]
-            if all(alive):
-                self.on_step(batch.step_input, output, batch)
-            else:
-                self.on_step(batch.step_input, output.only(alive), batch.only(alive))
+            step.tell(self.on_step, output)
         outputs = self._postprocess(batch, output)
         ended = time.perf_counter()
         self._clock.add(step.planned, step.sent, replied, ended, output.model_seconds)
@@ -334,15 +287,6 @@ class LLMEngine:
             StepTiming(output.step, len(batch.sequences), batch.num_tokens, ended - started, output.model_seconds)
         )
         return outputs
-
-    @staticmethod
-    def _check_answer(batch: ScheduledBatch, output: StepOutput) -> None:
-        expected = [seq.seq_id for seq in batch.sampled]
-        if (output.step, output.seq_ids) != (batch.step_input.step, expected):
-            raise LightvllmError(
-                f"the executor answered step {output.step} for sequences {output.seq_ids}; expected step "
-                f"{batch.step_input.step} for {expected}; do driver and workers run the same lightvllm?"
-            )
 
     def _postprocess(self, batch: ScheduledBatch, output: StepOutput) -> list[RequestOutput]:
         now = time.monotonic()
