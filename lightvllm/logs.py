@@ -1,7 +1,8 @@
 """How lines of log look: text for people, or one JSON object a line for collectors.
 
 Modules log as Python does (``logging.getLogger(__name__)``) and give what a machine should find by ``extra``; this
-decides only how a record is written, once per process (``configure``). Any module may import this one; it imports
+decides only how a record is written, once per process: ``configure`` in the one that the user started, ``inherit`` in
+those that it starts. Any module may import this one; it imports
 nothing of lightvllm. Keys and prompts are the callers' business: neither is ever given to a logger.
 """
 
@@ -9,11 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, Literal, TextIO, get_args
+from typing import Any, Literal, TextIO, cast, get_args
 
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -22,6 +24,9 @@ LOG_LEVELS: tuple[str, ...] = get_args(LogLevel)
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Of the request that is being answered, wherever something is logged for it; empty outside requests."""
+
+ENVIRONMENT = "LIGHTVLLM_LOG"
+"""Tells the processes that this one starts how to log: ``FORMAT:LEVEL``, or nothing."""
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
@@ -38,8 +43,10 @@ def configure(
         stream: None takes stderr.
         fields: what every record of this process shall say, e.g. ``rank=1`` in a worker.
     """
+    _process_fields.clear()
+    _process_fields.update(fields)
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
-    handler.setFormatter(JsonFormatter(fields) if log_format == "json" else TextFormatter(fields))
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root, ours = logging.getLogger(), logging.getLogger("lightvllm")
     for old in root.handlers[:]:
         root.removeHandler(old)
@@ -50,22 +57,44 @@ def configure(
     logging.captureWarnings(True)
 
 
-def _extra(record: logging.LogRecord, fields: dict[str, Any]) -> dict[str, Any]:
+def inherit(**fields: Any) -> None:
+    """In a process that was started by another: log as that one does, if it has said how.
+
+    Args:
+        fields: as for ``configure``, e.g. ``process="worker"``.
+    """
+    log_format, _, level = os.environ.get(ENVIRONMENT, "").partition(":")
+    if log_format in LOG_FORMATS and level in LOG_LEVELS:
+        configure(cast(LogFormat, log_format), cast(LogLevel, level), **fields)
+        _process_fields.setdefault("pid", os.getpid())
+
+
+def add_fields(**fields: Any) -> None:
+    """More for every record of a process that has called ``inherit``; nothing elsewhere, where others log too."""
+    if "pid" in _process_fields:
+        _process_fields.update(fields)
+
+
+def is_json_record(line: str) -> bool:
+    """Whether a line of some process's output is what ``JsonFormatter`` writes."""
+    return line.startswith('{"time": "') and line.endswith("}")
+
+
+_process_fields: dict[str, Any] = {}
+
+
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
     """What the record says beyond its message, the process's own fields first."""
     said = {key: value for key, value in vars(record).items() if key not in _STANDARD and not key.startswith("_")}
     if current := request_id.get():
         said.setdefault("request_id", current)
-    return {**fields, **{key: value for key, value in said.items() if value is not None}}
+    return {**_process_fields, **{key: value for key, value in said.items() if value is not None}}
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: ``time`` (RFC 3339, UTC, milliseconds), ``level``, ``logger``, ``message``, then
     what was put into the message by name (``logger.info("%(path)s", {"path": …})``) and what was given by ``extra``;
     ``exception`` holds a traceback."""
-
-    def __init__(self, fields: dict[str, Any] | None = None) -> None:
-        super().__init__()
-        self._fields = dict(fields or {})
 
     def format(self, record: logging.LogRecord) -> str:
         said: dict[str, Any] = {
@@ -74,7 +103,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **(record.args if isinstance(record.args, Mapping) else {}),
-            **_extra(record, self._fields),
+            **_extra(record),
         }
         if record.exc_info:
             said["exception"] = self.formatException(record.exc_info)
@@ -85,13 +114,9 @@ class TextFormatter(logging.Formatter):
     """``14:03:59 INFO lightvllm.server: message [request_id=… rank=1]``. What follows a line break in a message is
     indented, so that nobody can write lines of log that are not there."""
 
-    def __init__(self, fields: dict[str, Any] | None = None) -> None:
-        super().__init__()
-        self._fields = dict(fields or {})
-
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        extra = " ".join(f"{key}={value}" for key, value in _extra(record, self._fields).items())
+        extra = " ".join(f"{key}={value}" for key, value in _extra(record).items())
         line = f"{clock} {record.levelname} {record.name}: {record.getMessage()}" + (f" [{extra}]" if extra else "")
         line = line.replace("\r", "\\r").replace("\n", "\n    ")
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line

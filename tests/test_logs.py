@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -19,7 +22,10 @@ def as_before() -> Iterator[None]:
     """The process's logging is left as it was."""
     root, ours = logging.getLogger(), logging.getLogger("lightvllm")
     handlers, levels = root.handlers[:], (root.level, ours.level)
-    yield
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv(logs.ENVIRONMENT, raising=False)
+        yield
+    logs._process_fields.clear()
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     ours.setLevel(levels[1])
@@ -78,3 +84,30 @@ def test_levels() -> None:
     logs.configure("json", "error", stream=stream)
     logging.getLogger("somebody.else").warning("this does not")
     assert len(stream.getvalue().splitlines()) == 2, "configured again, nothing is written twice"
+
+
+def test_processes_log_as_the_one_that_started_them() -> None:
+    program = """
+import logging, sys
+from lightvllm import logs
+logs.add_fields(rank=7)
+logs.inherit(process="worker")
+logging.getLogger("lightvllm.x").info("before it has a rank")
+logs.add_fields(rank=1)
+logging.getLogger("lightvllm.x").warning("with one")
+"""
+
+    def says(environment: dict[str, str]) -> list[str]:
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stderr.splitlines()
+
+    first, second = (json.loads(line) for line in says({logs.ENVIRONMENT: "json:info"}))
+    assert (first["process"], second["rank"], second["message"]) == ("worker", 1, "with one")
+    assert first["pid"] == second["pid"] > 0
+    assert "rank" not in first
+    assert all(logs.is_json_record(line) for line in says({logs.ENVIRONMENT: "json:info"}))
+    assert len(says({logs.ENVIRONMENT: "json:error"})) == 0
+    for nothing_said in ({}, {logs.ENVIRONMENT: "rubbish"}, {logs.ENVIRONMENT: "json:loud"}):
+        assert says(nothing_said) == ["with one"], "as Python does by itself"

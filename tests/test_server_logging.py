@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 
+from lightvllm import logs
 from lightvllm.server.logging import configure_logging
 
 NAMES = ("", "lightvllm", "uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
@@ -17,7 +19,9 @@ NAMES = ("", "lightvllm", "uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn
 def as_before() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in NAMES]
     before = [(each.handlers[:], each.level, each.propagate, each.disabled) for each in loggers]
-    yield
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(logs.ENVIRONMENT, "")  # put back as it was
+        yield
     for each, (handlers, level, propagate, disabled) in zip(loggers, before, strict=True):
         each.handlers[:] = handlers
         each.setLevel(level)
@@ -31,6 +35,7 @@ def test_uvicorn_joins_in_and_its_access_log_is_off(capsys: pytest.CaptureFixtur
     logging.getLogger("uvicorn.error").info("Uvicorn running", extra={"color_message": "\x1b[1mUvicorn"})
     logging.getLogger("uvicorn.access").info("GET / 200")
     logging.getLogger("lightvllm.server").info("ours")
+    assert os.environ[logs.ENVIRONMENT] == "json:info", "processes that this one starts do the same"
     told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line["message"] for line in told] == ["Uvicorn running", "ours"]
     assert "color_message" not in told[0]

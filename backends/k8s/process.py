@@ -22,6 +22,7 @@ from typing import IO
 
 import msgspec
 
+from lightvllm import logs
 from lightvllm.backends.k8s.security import Tls, Token
 from lightvllm.child import how_it_ended, python_path
 from lightvllm.errors import ConfigError, PlacementError
@@ -180,7 +181,9 @@ class WorkerProcess:
                 text = line.decode(errors="replace").rstrip()
                 if text:
                     self._tail.append(text)
-                if show:
+                if logs.is_json_record(text):  # says itself who it is from
+                    sys.stderr.write(f"{text}\n")
+                elif show:
                     sys.stderr.write(f"[worker {self.pid}] {text}\n")
 
     def _read_status(self, stream: IO[bytes]) -> None:

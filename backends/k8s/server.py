@@ -31,6 +31,7 @@ import grpc
 import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from lightvllm import logs
 from lightvllm.backends.base import exit_with, load_worker_class
 from lightvllm.backends.k8s import reflection, wire
 from lightvllm.backends.k8s.devices import visible_gpus
@@ -71,6 +72,7 @@ def main() -> NoReturn:
     with open(os.devnull) as null:
         os.dup2(null.fileno(), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logs.inherit(process="worker")
     hangup = open(hangup_fd, "rb")  # noqa: SIM115  until the process ends
     line = hangup.readline()
     if not line.endswith(b"\n"):  # the parent has gone already

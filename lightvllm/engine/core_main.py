@@ -21,6 +21,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from lightvllm import logs
 from lightvllm.backends.base import load_worker_class
 from lightvllm.engine.core import EngineCore, Outbox
 from lightvllm.engine.core_messages import (
@@ -115,6 +116,7 @@ class Link:
 def main(fd: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
+    logs.inherit(process="engine")
     connection = socket.socket(fileno=fd)
     connection.set_inheritable(False)
     frames = FrameSocket(connection, MAX_FRAME_BYTES, spin=0)

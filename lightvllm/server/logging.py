@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextvars import ContextVar
 from dataclasses import dataclass
 from urllib.parse import quote
@@ -57,6 +58,7 @@ http_request: ContextVar[HttpRequest | None] = ContextVar("http_request", defaul
 def configure_logging(log_format: LogFormat = "text", level: LogLevel = "info") -> None:
     """As ``logs.configure``, with uvicorn's messages among ours and its access log off."""
     logs.configure(log_format, level)
+    os.environ[logs.ENVIRONMENT] = f"{log_format}:{level}"  # for the engine's process and the workers
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"):
         theirs = logging.getLogger(name)
         theirs.handlers.clear()

@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from lightvllm import kernels
+from lightvllm import kernels, logs
 from lightvllm.errors import ConfigError, LightvllmError
 from lightvllm.layers.attention import AttentionBackend, attention_backend
 from lightvllm.layers.parallel import ParallelContext, host_address, join_store, open_store
@@ -53,6 +53,7 @@ class Worker:
 
         Raises ConfigError when this machine has not got what the configuration asks for.
         """
+        logs.add_fields(rank=init.rank)
         self.close_stage_transport()
         self._runner = self._parallel = self._store = self._attention = None
         config = init.config.device
