@@ -118,8 +118,35 @@ def test_a_pydantic_class_is_the_schema_and_the_answer_an_instance(server: FakeO
     assert client.inference("a city", structured_output=City) == City(name="Paris", people=2_100_000)
     assert server.requests[0]["response_format"] == {
         "type": "json_schema",
-        "json_schema": {"name": "City", "schema": City.model_json_schema(), "strict": True},
+        "json_schema": {
+            "name": "City",
+            "schema": {**City.model_json_schema(), "additionalProperties": False},
+            "strict": True,
+        },
     }
+
+
+def test_no_room_for_properties_that_would_be_dropped(server: FakeOpenAI, client: Client) -> None:
+    class Inner(BaseModel):
+        type: str = "object"
+
+    class Open(BaseModel, extra="allow"):
+        counts: dict[str, int]
+
+    class Outer(BaseModel):
+        inner: list[Inner | None]
+        open: Open
+        properties: Any = {"type": "object"}
+
+    server.answer = lambda body: '{"inner": [{}, null], "open": {"counts": {"a": 1}, "more": 2}}'
+    client.inference("x", structured_output=Outer)
+    schema = server.requests[0]["response_format"]["json_schema"]["schema"]
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["properties"] == {"default": {"type": "object"}, "title": "Properties"}
+    assert schema["$defs"]["Inner"]["additionalProperties"] is False
+    assert schema["$defs"]["Inner"]["properties"]["type"] == {"default": "object", "title": "Type", "type": "string"}
+    assert schema["$defs"]["Open"]["additionalProperties"] is True
+    assert schema["$defs"]["Open"]["properties"]["counts"]["additionalProperties"] == {"type": "integer"}
 
 
 def test_text_that_is_no_instance(server: FakeOpenAI, client: Client) -> None:

@@ -235,6 +235,35 @@ def test_a_byte_order_mark_and_no_last_newline_are_no_fault(source: Path, target
         assert [entry.custom_id for _, entry in batch.open_entries()] == ["a", "b"]
 
 
+def test_answers_are_on_disk_in_time_and_at_the_end(
+    folder: Path, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        if os.path.sameopenfile(fd, watched.fileno()):
+            sizes.append(os.fstat(fd).st_size)
+        fsync(fd)
+
+    write(source, {f"r{number}": completion("Paris", max_tokens=30, ignore_eos=True) for number in range(30)})
+
+    async def main() -> None:
+        engine = await AsyncLLM.create(folder, engine_process=False, num_kv_blocks=256, max_num_seqs=1)
+        try:
+            with Batch(source, target, "tiny") as batch:
+                await batch.run(engine, SETTINGS, max_concurrency=2, sync_seconds=0.01)
+        finally:
+            await engine.shutdown()
+
+    with target.open("ab") as watched:
+        monkeypatch.setattr(os, "fsync", noted)
+        asyncio.run(main())
+    assert len(sizes) >= 3
+    assert sizes == sorted(set(sizes))  # each time there was something to write
+    assert sizes[-1] == target.stat().st_size
+
+
 def test_more_at_a_time_than_the_engine_takes_wait(folder: Path, source: Path, target: Path) -> None:
     write(source, {f"r{number}": completion("Paris", max_tokens=2) for number in range(6)})
     counts = run(folder, source, target, max_num_seqs=1, max_num_waiting=0, concurrency=3)

@@ -56,7 +56,7 @@ def run_batch(
         ),
     ] = None,
     sync_seconds: Annotated[
-        float, typer.Option(min=0, help="Seconds of answers that a crash of the machine may cost.")
+        float, typer.Option(min=0.01, help="Seconds of answers that a crash of the machine may cost.")
     ] = 1.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, although OUTPUT has answers.")] = False,
 ) -> None:

@@ -19,6 +19,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 PATH = "chat/completions"
 _OURS = ("messages", "model", "n", "response_format", "stream", "stream_options")
 _LONGEST_NAME = 64  # of a schema, by OpenAI's rule
+_VALUES = ("const", "default", "enum", "examples")  # of a schema: what they hold is no schema
 
 
 class _Message(msgspec.Struct):
@@ -71,9 +72,19 @@ def question(
             raise ConfigError(f"{structured_output.__name__} has no JSON schema: {error.message}") from None
         body["response_format"] = {
             "type": "json_schema",
-            "json_schema": {"name": name, "schema": schema, "strict": True},
+            "json_schema": {"name": name, "schema": _closed(schema), "strict": True},
         }
     return body
+
+
+def _closed(schema: Any) -> Any:
+    """The schema without room for properties that the class does not have: pydantic would drop them."""
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: part if name in _VALUES else _closed(part) for name, part in schema.items()}
+    return {"additionalProperties": False, **closed} if closed.get("type") == "object" else closed
 
 
 def _messages(prompt: Prompt, system: str | None) -> list[Mapping[str, Any]]:

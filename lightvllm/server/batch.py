@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,31 +140,33 @@ class Batch:
 
         Args:
             max_concurrency: requests at a time.
-            sync_seconds: how much work a crash of the machine may cost; that of this process costs what is running.
+            sync_seconds: how much work a crash of the machine may cost; one of this process costs what is running.
             on_progress: called after each answer.
 
         Raises LightvllmError if the engine fails, and OSError if an answer cannot be written.
         """
         entries = self.open_entries()
-        synced = time.monotonic()
 
         async def work() -> None:
-            nonlocal synced
             for identity, entry in entries:
                 line, failed, tokens = await _answered(engine, settings, identity, entry)
                 self._answers.append(line)
                 self.counts.done += 1
                 self.counts.failed += failed
                 self.counts.tokens += tokens
-                if time.monotonic() - synced > sync_seconds:
-                    synced = time.monotonic()
-                    await asyncio.to_thread(self._answers.sync)
                 on_progress(self.counts)
+
+        async def sync() -> None:
+            while True:
+                await asyncio.sleep(sync_seconds)
+                self._answers.sync()
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(max_concurrency, self.counts.total - self.counts.before)):
-                    group.create_task(work())
+                syncing = group.create_task(sync())
+                count = min(max_concurrency, self.counts.total - self.counts.before)
+                await asyncio.gather(*(group.create_task(work()) for _ in range(count)))
+                syncing.cancel()
         except* (LightvllmError, OSError) as stopped:
             raise stopped.exceptions[0] from None
         finally:

@@ -101,6 +101,7 @@ class Answers:
         """
         self.path = path
         self.identities: set[bytes] = set()
+        self._synced = True
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -125,12 +126,15 @@ class Answers:
 
     def append(self, line: bytes) -> None:
         """Write a line, without its end. It outlives this process at once, and the machine after ``sync``."""
+        self._synced = False
         left = memoryview(line + b"\n")
         while left:
             left = left[os.write(self._fd, left) :]
 
     def sync(self) -> None:
-        os.fsync(self._fd)
+        if not self._synced:
+            os.fsync(self._fd)
+            self._synced = True
 
     def custom_id_of(self, identities: set[bytes]) -> str:
         """The ``custom_id`` of the first answer among these."""
