@@ -31,15 +31,21 @@ from lightvllm.server.listen import ListenSettings
 from lightvllm.server.settings import ServerSettings
 
 QUIET = {"LIGHTVLLM_API_KEY": ""}
+LONG = 100_000  # tokens of context, for an answer that lasts
+EXECUTORS = [
+    pytest.param((), id="uniproc"),
+    pytest.param(("--executor", "k8s", "-tp", "2"), id="k8s", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return tiny_llama.build(tmp_path_factory.mktemp("tiny"))
+    return tiny_llama.build(tmp_path_factory.mktemp("tiny"), max_position_embeddings=LONG)
 
 
 def serve(model: Path | str, *options: str, **env: str) -> AbstractContextManager[ServerProcess]:
-    command = [sys.executable, "-c", "from lightvllm.cli.main import run; run()", "serve", str(model), *options]
+    code = "from lightvllm.cli.main import run; run()"
+    command = [sys.executable, "-c", code, "serve", str(model), "--max-model-len", "64", *options]
     return started(command, os.environ | QUIET | {"OMP_NUM_THREADS": "1"} | env)
 
 
@@ -170,7 +176,7 @@ def server(model, tmp_path_factory) -> Iterator[ServerProcess]:
     config = tmp_path_factory.mktemp("config") / "serve.yaml"
     config.write_text(
         "port: 0\nmax-num-seqs: 4\nserved_model_name: [tiny, small]\nlog-format: json\nrate-limit: 1000/minute\n"
-        "max_request_bytes: 2000000\ndocs: true\nmax-model-len: 100\n"
+        "max_request_bytes: 2000000\ndocs: true\nmax-model-len: 100\nmax-num-batched-tokens: 256\n"
     )
     with serve(model, "--config", str(config), "--max-model-len", "64", LIGHTVLLM_API_KEY="env-key") as server:
         server.ready()
@@ -210,7 +216,7 @@ def everything(server: ServerProcess) -> list[int]:
     return [server.process.pid, *(child.pid for child in server.children())]
 
 
-@pytest.mark.parametrize("executor", [(), ("--executor", "k8s", "-tp", "2")], ids=["uniproc", "k8s"])
+@pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("moment", ["loading", "ready"])
 def test_ctrl_c_leaves_nothing(executor, moment, model):
     """As a terminal sends it: to all processes at once."""
@@ -227,7 +233,28 @@ def test_ctrl_c_leaves_nothing(executor, moment, model):
     assert "\nerror:" not in server.text
 
 
-@pytest.mark.parametrize("executor", [(), ("--executor", "k8s", "-tp", "2")], ids=["uniproc", "k8s"])
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_ctrl_c_during_a_stream_tells_the_client_and_leaves_nothing(executor, model):
+    options = ["--port", "0", "--served-model-name", "tiny", "--num-kv-blocks", "7000", "--max-model-len", str(LONG)]
+    body = {"model": "tiny", "prompt": "Paris", "max_tokens": 90_000, "ignore_eos": True, "stream": True}
+    with serve(model, *options, *executor) as server:
+        address = server.ready()
+        pids = everything(server)
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
+            events = (line for line in answer.iter_lines() if line)
+            assert '"choices"' in next(events)
+            os.killpg(server.process.pid, signal.SIGINT)
+            wait_until(lambda: server.seen("finishing 1 requests, for at most 30 s"), "it waits for the stream")
+            assert httpx.get(f"{address}/health").json()["status"] == "stopping"
+            os.killpg(server.process.pid, signal.SIGINT)
+            *_, last = events
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert server.wait(30) == 130
+        wait_until(lambda: all(gone(pid) for pid in pids), "no process is left", limit=10)
+    assert "Traceback" not in server.text
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_server_that_is_killed_takes_all_with_it(executor, model):
     with serve(model, "--port", "0", *executor) as server:
         server.ready()
