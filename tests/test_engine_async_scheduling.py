@@ -20,6 +20,7 @@ from lightvllm.engine import engine as engine_module
 from lightvllm.engine.engine import LLMEngine
 from lightvllm.engine.outputs import RequestOutput
 from lightvllm.messages import SAMPLED_LAST, StepInput, StepOutput
+from lightvllm.sampling_params import StructuredOutputs
 
 # ---------------------------------------------------------------------------------------- step by step
 
@@ -210,13 +211,24 @@ def test_the_same_calls_give_the_same_steps(plan: dict[str, Any], given: list[As
 # ------------------------------------------------------------------------------------------ real models
 
 
-PROMPTS = ["The quick brown", "Paris is", "1 2 3 4 5 6 7 8 9 10 1 2 3", "Grüße", "One token after another, the model"]
+PROMPTS = [
+    "The quick brown",
+    "Paris is",
+    "1 2 3 4 5 6 7 8 9 10 1 2 3",
+    "Grüße",
+    "One token after another, the model",
+] * 2
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=20),
     SamplingParams(temperature=1.3, seed=4, max_tokens=20, n=2),
     SamplingParams(temperature=0, repetition_penalty=1.4, presence_penalty=0.5, max_tokens=20, ignore_eos=True),
     SamplingParams(temperature=1.0, seed=9, frequency_penalty=1.0, min_tokens=12, max_tokens=20),
     SamplingParams(temperature=0.9, top_p=0.8, seed=2, max_tokens=20, logprobs=2, stop=["e", "a"]),
+    SamplingParams(temperature=1.0, seed=5, max_tokens=20, structured_outputs=StructuredOutputs(regex="[a-z ]{3,12}")),
+    SamplingParams(temperature=0, max_tokens=20, structured_outputs=StructuredOutputs(choice=["Paris", "Rome"])),
+    SamplingParams(temperature=1.0, seed=6, max_tokens=20, bad_words=["the", "a"], logit_bias={5: 4.0, 60: -9.0}),
+    SamplingParams(temperature=1.0, seed=7, max_tokens=20, allowed_token_ids=list(range(1, 40)), min_tokens=4),
+    SamplingParams(temperature=0, max_tokens=20, stop_token_ids=list(range(100, 200)), prompt_logprobs=1),
 ]
 
 
@@ -240,6 +252,7 @@ def test_one_process_says_the_same(folder: Path) -> None:
     off, on = said(folder, async_scheduling=False), said(folder, async_scheduling=True)
     assert on == off
     assert {reason for request in on for _, _, reason in request} == {"stop", "length"}
+    assert on[6][0][1] in ("Paris", "Rome")
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
