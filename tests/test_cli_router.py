@@ -115,7 +115,11 @@ async def test_a_signal_lets_requests_finish_and_takes_no_new_ones(number, statu
                     replica.gate.release()
                 assert first + await answer.read() == b"".join(replica.events)
             assert await asyncio.to_thread(server.wait) == status
-            assert re.search(r"status=200 tries=1 held=0\.\d+ first_byte=\d", server.text)
+            line = server.seen(r".*POST /v1/completions 200 in .*")
+            assert re.search(
+                r"model=m backend=\S+ tries=1 (held_seconds=\S+ )?first_byte_seconds=0\.\d+ client=127.0.0.1 request_id=\w+",
+                line,
+            )
             assert "Traceback" not in server.text
 
 

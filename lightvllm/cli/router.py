@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lightvllm.cli.options import parse_bytes
+from lightvllm.cli.serve_options import LogFormat, LogLevel
 from lightvllm.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
     from lightvllm.router.sources import Source
 
 Scheme = StrEnum("Scheme", ["http", "https"])
-LogLevel = StrEnum("LogLevel", ["debug", "info", "warning", "error"])
 
 _BACKENDS, _KUBERNETES, _SECURITY = "Backends", "Kubernetes", "Security"
 _ROUTING, _RETRY, _HEALTH, _HOLD = "Routing", "Retries", "Health", "Scale to zero"
@@ -237,7 +236,8 @@ def router(
         float, typer.Option(min=0, help="Seconds that requests may take to finish at the end.")
     ] = 30.0,
     access_log: Annotated[bool, typer.Option("--access-log", help="A line per request.")] = False,
-    log_level: Annotated[LogLevel, typer.Option(help="Of the router's own lines on stderr.")] = LogLevel.info,
+    log_level: Annotated[LogLevel, typer.Option(help="The least important lines that are logged.")] = LogLevel.info,
+    log_format: Annotated[LogFormat, typer.Option(help="Lines for people, or JSON objects.")] = LogFormat.text,
 ) -> None:
     """Put several models and replicas behind one OpenAI-compatible address.
 
@@ -249,6 +249,7 @@ def router(
         import prometheus_client  # noqa: F401
     except ModuleNotFoundError as missing:
         raise MissingExtra(str(missing.name), "server", "lightvllm router") from None
+    from lightvllm import logs
     from lightvllm.router.app import create_app
     from lightvllm.router.keys import ApiKeys, read_key
     from lightvllm.router.run import check_listener, client_tls, serve, server_tls
@@ -311,8 +312,7 @@ def router(
         raise ConfigError("no replicas: give --backend URL, --backends-file FILE or --kubernetes")
     upstream = Upstream(settings, key, client_tls(backend_ssl_ca_certs, backend_ssl_certfile, backend_ssl_keyfile))
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("lightvllm").setLevel(log_level.upper())
+    logs.configure(log_format.value, log_level.value)  # type: ignore[arg-type]
 
     async def run() -> int:
         app = create_app(settings, sources, keys, upstream)

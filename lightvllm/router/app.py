@@ -23,12 +23,13 @@ from typing import Any
 
 from aiohttp import web
 
+from lightvllm.logs import request_id
 from lightvllm.router.health import Prober
 from lightvllm.router.keys import ApiKeys
 from lightvllm.router.metrics import CONTENT_TYPE, Metrics
 from lightvllm.router.pool import Pool
 from lightvllm.router.proxy import Proxy
-from lightvllm.router.replies import ApiError, request_id
+from lightvllm.router.replies import ApiError
 from lightvllm.router.settings import RouterSettings
 from lightvllm.router.sources import Source, follow
 from lightvllm.router.upstream import SERVER, Upstream
@@ -97,7 +98,7 @@ class Router:
         except web.HTTPException as error:
             response = _http_error(error, self.settings)
         except Exception:
-            logger.exception("defect in request %s", name)
+            logger.exception("a defect in this router")
             response = ApiError(
                 500, f"internal error (request {name}); the router's log has the details", code="internal_error"
             ).response()

@@ -18,17 +18,19 @@ from types import SimpleNamespace
 import aiohttp
 from aiohttp import web
 
+from lightvllm.logs import request_id
 from lightvllm.router.body import affinity_key, parse
 from lightvllm.router.events import WholeEvents
 from lightvllm.router.health import describe
 from lightvllm.router.metrics import Metrics
 from lightvllm.router.pool import Pool, Request
 from lightvllm.router.replica import Replica
-from lightvllm.router.replies import ApiError, request_id
+from lightvllm.router.replies import ApiError
 from lightvllm.router.settings import RouterSettings
 from lightvllm.router.upstream import Upstream, downstream_headers, read_most
 
 logger = logging.getLogger(__name__)
+access = logging.getLogger("lightvllm.access")
 
 _RETRIED = (429, 502, 503)
 _ERROR_BYTES = 1 << 20  # of an error answer that is kept while others are tried
@@ -144,7 +146,7 @@ class Proxy:
                 losses += failed.lost
                 tried.append(replica)
                 self._metrics.retries.labels(entry.model, failed.reason).inc()
-                logger.warning("request %s failed on %s: %s; try %d", exchange.id, replica.name, failed, exchange.tries)
+                logger.warning("try %d failed on %s: %s", exchange.tries, replica.name, failed)
             finally:
                 pool.release(replica)
         if last.answer is not None:
@@ -234,7 +236,7 @@ class Proxy:
             else:
                 exchange.broken = "broken"
                 self._pool.failed(replica, problem)
-                logger.warning("request %s broke off on %s: %s", exchange.id, replica.name, problem)
+                logger.warning("an answer of %s broke off: %s", replica.name, problem)
                 message = f"the replica broke off: {problem}; try again"
                 await self._end_broken(exchange, out, events, ApiError(502, message, code="stream_broken"))
         except aiohttp.ClientConnectionResetError:  # of the client, who cannot be told anything any more
@@ -299,18 +301,20 @@ class Proxy:
             metrics.held.labels(entry.model).inc()
             metrics.hold_seconds.labels(entry.model).observe(entry.held)
         if self._settings.access_log:
-            logger.info(
-                "request %s %s model=%s backend=%s status=%s tries=%d held=%.3f first_byte=%.3f total=%.3f",
-                exchange.id,
-                exchange.request.path,
-                entry.model,
-                exchange.backend or "-",
-                status,
-                exchange.tries,
-                entry.held,
-                max(0.0, exchange.first_byte - exchange.arrived),
-                now - exchange.arrived,
-            )
+            said = {
+                "path": exchange.request.path,
+                "status": status,
+                "seconds": round(now - exchange.arrived, 6),
+            }
+            extra = {
+                "model": entry.model,
+                "backend": exchange.backend or None,
+                "tries": exchange.tries,
+                "held_seconds": round(entry.held, 6) if entry.held else None,
+                "first_byte_seconds": round(exchange.first_byte - exchange.arrived, 6) if exchange.first_byte else None,
+                "client": exchange.request.remote,
+            }
+            access.info("POST %(path)s %(status)s in %(seconds).3f s", said, extra=extra)
 
 
 class _Exchange:

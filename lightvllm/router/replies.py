@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from contextvars import ContextVar
 
 from aiohttp import web
-
-request_id: ContextVar[str] = ContextVar("request_id")
-"""Of the request that is being answered: the client's X-Request-Id, or one that was made."""
 
 _TYPES = {
     401: "authentication_error",
