@@ -159,7 +159,7 @@ def test_requests_that_fail_are_counted_by_how() -> None:
     assert got["vllm:time_to_first_token_seconds_count"] == 1, "what was before the failure stays"
     (error,) = metrics.errors
     assert (error.request_id, error.count) == ("r-1", 2)
-    assert error.message == "WorkerDied: worker w (rank 1) died: killed by SIGKILL"
+    assert error.message == "worker w (rank 1) died: killed by SIGKILL"
 
 
 @pytest.mark.parametrize("how", ["close", "cancel"])
@@ -240,9 +240,17 @@ def test_steps_are_counted_once_each_however_news_of_them_comes() -> None:
 
 def test_a_dead_worker_shows(caplog: pytest.LogCaptureFixture) -> None:
     client, metrics = ScriptedClient(tp=2), Metrics()
-    ObservedEngine(client, metrics)
+    engine = ObservedEngine(client, metrics)
+    client.set(num_running=3, num_waiting=2, kv_cache_usage=0.5, total_generation_tokens=9)
     client.kill(1)
+    assert (engine.stats.num_running, engine.stats.total_generation_tokens) == (0, 9)
     got = scrape(metrics)
+    assert (got["vllm:num_requests_running"], got["vllm:num_requests_waiting"], got["vllm:kv_cache_usage_perc"]) == (
+        0,
+        0,
+        0,
+    )
+    assert got["vllm:generation_tokens_total"] == 9, "what has been done has been done"
     assert got["lightvllm:engine_state[('state', 'failed')]"] == 1
     assert got["lightvllm:rank_up[('node', 'node-1'), ('rank', '1'), ('worker', 'worker-1')]"] == 0
     assert [error.message for error in metrics.errors] == ["worker worker-1 (rank 1) died: killed by SIGKILL"]

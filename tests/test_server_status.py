@@ -130,13 +130,13 @@ def test_events_tell_a_change_at_once_and_numbers_every_second(monkeypatch: pyte
     with served(create_app(client, settings())) as server, httpx.stream("GET", f"{server.url}/status/events") as answer:
         lines = answer.iter_lines()
         assert next_event(lines)["phase"] == "ready"
-        client.set(num_running=5)  # no event, or the next one would still say ready
+        client.set(total_generation_tokens=5)  # no event, or the next one would still say ready
         server.call(lambda: client.kill(1))
         event = next_event(lines)
-        assert (event["phase"], event["stats"]["num_running"]) == ("failed", 5)
+        assert (event["phase"], event["stats"]["total_generation_tokens"]) == ("failed", 5)
         monkeypatch.setattr(status, "EVENT_SECONDS", 0.05)
-        client.set(num_running=6)
-        assert next_event(lines)["stats"]["num_running"] == 6
+        client.set(total_generation_tokens=6)
+        assert next_event(lines)["stats"]["total_generation_tokens"] == 6
 
 
 def test_events_end_with_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def test_a_request_that_fails(error_after: int, phases: set[str]) -> None:
         spans = by_name(collector)
         assert set(spans) == {"llm_request", *phases}
         status = spans["llm_request"].status
-        assert (status.code, status.message) == (2, "WorkerDied: worker w-1 (rank 1) died: killed by SIGKILL")
+        assert (status.code, status.message) == (2, "worker w-1 (rank 1) died: killed by SIGKILL")
         assert attributes(spans["llm_request"])["gen_ai.response.finish_reasons"] == ["error"]
 
 

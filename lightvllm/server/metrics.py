@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import get_args
 
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
@@ -139,7 +140,8 @@ class Metrics(Collector):
         """Remember a failure for the status page."""
         count = 1
         if self.errors and self.errors[-1].message == message:
-            count += self.errors.pop().count
+            before = self.errors.pop()
+            count, request_id = before.count + 1, request_id or before.request_id
         self.errors.append(RecentError(time.time(), request_id, message, count))
 
     def answered(self, method: str, handler: str, status: int, seconds: float) -> None:
@@ -187,7 +189,7 @@ class Metrics(Collector):
         yield state
         yield from self._request_families(labels)
         if client is not None:
-            yield from self._engine_families(client, client.stats, labels)
+            yield from self._engine_families(client, stats_of(client), labels)
 
     def _http_families(self) -> Iterator[Metric]:
         total = CounterMetricFamily("http_requests", "HTTP requests answered.", labels=["method", "handler", "status"])
@@ -294,6 +296,13 @@ class Metrics(Collector):
         yield memory
         yield _engine_info(client, labels)
         yield _cache_info(client, labels)
+
+
+def stats_of(client: EngineClient) -> EngineStats:
+    """What an engine told last; one that has ended runs nothing, whatever it said before."""
+    if client.state in ("failed", "stopped"):
+        return msgspec.structs.replace(client.stats, num_running=0, num_waiting=0, kv_cache_usage=0.0)
+    return client.stats
 
 
 def _gauge(name: str, documentation: str, labels: list[str]) -> GaugeMetricFamily:

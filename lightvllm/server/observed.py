@@ -13,10 +13,10 @@ from lightvllm.engine.engine import Prompt
 from lightvllm.engine.outputs import EmbeddingOutput, RequestOutput
 from lightvllm.engine.protocol import EngineClient, EngineInfo, EngineState, EngineStats, OutputKind, RankState
 from lightvllm.engine.tokenizer import Tokenizer
-from lightvllm.errors import ConfigError, QueueFull
+from lightvllm.errors import ConfigError, LightvllmError, QueueFull
 from lightvllm.sampling_params import SamplingParams
 from lightvllm.server.logging import HttpRequest, http_request
-from lightvllm.server.metrics import Metrics
+from lightvllm.server.metrics import Metrics, stats_of
 from lightvllm.server.tracing import Tracer
 from lightvllm.server.tracker import RequestTracker
 
@@ -52,7 +52,7 @@ class ObservedEngine:
 
     @property
     def stats(self) -> EngineStats:
-        return self._client.stats
+        return stats_of(self._client)
 
     def on_change(self, listener: Callable[[], None]) -> Callable[[], None]:
         return self._client.on_change(listener)
@@ -105,7 +105,7 @@ class ObservedEngine:
         except ConfigError:  # never was a request of the engine
             raise
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
+            failure = str(error) if isinstance(error, LightvllmError) else f"{type(error).__name__}: {error}"
             tracker.end("error")
             self._metrics.failed(request_id, failure)
             raise
