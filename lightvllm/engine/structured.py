@@ -2,17 +2,22 @@
 
 Nearly every grammar is checked here, in about a millisecond. llguidance's limits do not cover all that it does while
 it compiles, though: some twenty patterns that must all hold take it minutes. So what could be of that kind, and what is
-long, is compiled by a process of its own first, which is ended after ``CHECK_SECONDS``::
+long, is compiled by a process of its own first, which has ``CPU_SECONDS`` for it. One at a time::
 
     python -m lightvllm.engine.structured < GRAMMAR_AND_TOKENIZER_AS_JSON
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -22,9 +27,12 @@ from lightvllm.errors import ConfigError
 from lightvllm.grammar import grammar_text, limits, load_tokenizer, one_line
 from lightvllm.sampling_params import StructuredOutputs
 
-CHECK_SECONDS = 2.0
-"""With about half a second for its start and the tokenizer."""
+CPU_SECONDS = 3
+"""Of the processor, with about half a second for its start and the tokenizer; so a busy machine refuses no more."""
+WALL_SECONDS = 20.0
+"""After which it is given up, wherever it stands; asked again, it is tried again."""
 _CHECK_BYTES = 2**30
+_ONE_AT_A_TIME = threading.Lock()
 _LONG = 16 * 1024
 _FEW_PATTERNS = 4
 _NO_TOKENIZER = "no tokenizer"  # llguidance's warning about what names tokens
@@ -48,7 +56,7 @@ def check_structured(structured: StructuredOutputs, model: ModelConfig) -> None:
         raise ConfigError(problem)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def _problem(structured: StructuredOutputs, path: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> str:
     from llguidance import LLMatcher
 
@@ -90,13 +98,13 @@ def _refusal(structured: StructuredOutputs, message: str) -> str:
 
 
 def _may_be_slow(structured: StructuredOutputs) -> bool:
-    """Whether it is long, or may have patterns of which several must hold for one string."""
+    """Whether it is long, or may have rules of which several must hold for one string or number."""
     if structured.json is not None:
         try:
             text = json.dumps(json.loads(str(structured.json)))
         except (ValueError, RecursionError):
             return False  # refused at once
-        return len(text) > _LONG or text.count('"pattern') > _FEW_PATTERNS
+        return len(text) > _LONG or text.count('"pattern') + text.count('"multipleOf"') > _FEW_PATTERNS
     if structured.grammar is not None:
         return len(structured.grammar) > _LONG or not set("&~%").isdisjoint(structured.grammar)
     return len(structured.regex or "") > _LONG
@@ -104,30 +112,34 @@ def _may_be_slow(structured: StructuredOutputs) -> bool:
 
 def _compiled_apart(question: _Question) -> str:
     structured = question.structured
+    if not _ONE_AT_A_TIME.acquire(timeout=WALL_SECONDS):
+        raise ConfigError("structured_outputs: too many intricate ones are being compiled; ask again later")
     try:
         done = subprocess.run(
             [sys.executable, "-m", __name__],
             input=msgspec.json.encode(question),
             capture_output=True,
-            timeout=CHECK_SECONDS,
+            timeout=WALL_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return _refusal(structured, f"it takes more than {CHECK_SECONDS:g} s to compile; use a simpler one")
-    if done.returncode:
-        reason = one_line(done.stderr.decode(errors="replace")) if done.returncode > 0 else "too much memory or depth"
-        return _refusal(structured, f"it cannot be compiled ({reason}); use a simpler one")
-    return done.stdout.decode()
+        raise ConfigError(_refusal(structured, f"it was not compiled within {WALL_SECONDS:g} s")) from None
+    finally:
+        _ONE_AT_A_TIME.release()
+    if done.returncode == 0:
+        return done.stdout.decode()
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return _refusal(structured, f"it takes more than {CPU_SECONDS} s to compile; use a simpler one")
+    reason = one_line(done.stderr.decode(errors="replace")) if done.returncode > 0 else "too much memory or depth"
+    return _refusal(structured, f"it cannot be compiled ({reason}); use a simpler one")
 
 
 def main() -> None:
     """Read a question from standard input, and write what is wrong."""
-    try:
-        import resource
-
+    os.nice(10)  # the steps of the engine go first
+    with contextlib.suppress(ValueError, OSError):  # a hard limit below; the time-out holds all the same
         resource.setrlimit(resource.RLIMIT_AS, (_CHECK_BYTES, _CHECK_BYTES))
-    except (ImportError, ValueError, OSError):
-        pass  # the time-out holds all the same
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     sys.stdout.write(_compiled(msgspec.json.decode(sys.stdin.buffer.read(), type=_Question)))
 
 

@@ -7,6 +7,7 @@ prompt is computed, and kept. What a grammar may cost is bounded (``lightvllm.gr
 
 from __future__ import annotations
 
+import importlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,8 +40,11 @@ class Grammars:
         self._compiler: ThreadPoolExecutor | None = None
 
     def warm_up(self) -> None:
-        """Begin to load the tokenizer, if the model can have structured outputs at all; returns at once."""
+        """Begin to load the tokenizer, if the model can have structured outputs at all; does not wait for it."""
         if self._model.eos_token_ids:
+            # Not in the thread: Python code that is run there while the interpreter ends after Ctrl-C makes it
+            # forget that it was interrupted, and its exit status.
+            importlib.import_module("llguidance")
             self._thread().submit(_load_tokenizer, self._model)
 
     def constraint(self, structured: StructuredOutputs) -> Constraint:
