@@ -310,6 +310,19 @@ def test_pydantic_models_are_parsed(model: ServedModel) -> None:
     assert parsed.choices[0].finish_reason == "stop"
 
 
+def test_pydantic_tools_are_parsed(model: ServedModel) -> None:
+    parsed = model.client.chat.completions.parse(
+        model="tiny",
+        messages=MESSAGES,
+        tools=[openai.pydantic_function_tool(Answer)],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        seed=2,
+    )
+    (call,) = parsed.choices[0].message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Answer)
+
+
 @pytest.mark.parametrize(
     ("extra", "allowed"),
     [

@@ -19,7 +19,7 @@ from lightvllm.server.conversation import prompt_text
 from lightvllm.server.errors import ApiError
 from lightvllm.server.params import structured_outputs
 from lightvllm.server.settings import ServerSettings
-from lightvllm.server.tool_calls import ToolFormat
+from lightvllm.server.tool_calls import ToolFormat, write_calls
 from lightvllm.server.tool_parsers import PARSERS
 from lightvllm.server.tools import ToolUse, check_format, detect, tool_use
 
@@ -140,7 +140,46 @@ def test_a_grammar_may_allow_an_answer_in_place_of_calls(tool_format: ToolFormat
 
 def test_a_mark_that_is_a_token_is_forced_as_one() -> None:
     assert 'calls: <[5]> "["' in tool_grammar.grammar("mistral", [("f", None)], parallel=True, mark_id=5)
-    assert "call_0: <[5]> " in tool_grammar.grammar("hermes", [("f", None)], parallel=True, mark_id=5)
+    assert "call: <[5]> (call_0)" in tool_grammar.grammar("hermes", [("f", None)], parallel=True, mark_id=5)
+    assert "TEXT (<[5]> (call_0) TEXT)*" in tool_grammar.text_with_calls(
+        "hermes", [("f", None)], parallel=True, mark_id=5
+    )
+
+
+def accepted(grammar: str, text: str) -> bool:
+    from llguidance import LLMatcher, LLTokenizer
+
+    compiled = LLMatcher.grammar_from_lark(grammar)
+    assert LLMatcher.validate_grammar(compiled) == ""
+    matcher = LLMatcher(LLTokenizer("byte"), compiled, log_level=0)
+    return matcher.consume_tokens(list(text.encode())) and bool(matcher.is_accepting())
+
+
+@pytest.mark.parametrize("tool_format", ["hermes", "mistral"])
+def test_calls_of_strict_tools_are_valid_wherever_they_stand(tool_format: ToolFormat) -> None:
+    valid = write_calls(tool_format, [("weather", {"kind": "x"})])
+    two = write_calls(tool_format, [("weather", {"kind": "x"}), ("other", {"anything": [1]})])
+    schema = {"type": "object", "properties": {"kind": {"enum": ["x"]}}, "required": ["kind"]}
+    functions: Any = [("weather", schema | {"additionalProperties": False}), ("other", {"type": "object"})]
+    many = tool_grammar.text_with_calls(tool_format, functions, parallel=True)
+    single = tool_grammar.text_with_calls(tool_format, functions, parallel=False)
+    for text in ("", "Plain\ntext <tool [TOOL 東京", valid, f"I call.\n\n{valid}", f"{valid}\nDone."):
+        assert accepted(many, text), text
+        assert accepted(single, text), text
+    assert accepted(many, f"Both:{two}")
+    assert not accepted(single, f"Both:{two}")
+    for wrong in (valid.replace('"x"', '"y"'), valid.replace("weather", "nothing"), valid[: len(valid) // 2]):
+        assert not accepted(many, wrong)
+
+
+def test_strict_tools_are_held_to_their_schemas_if_the_format_marks_calls(folder: Path) -> None:
+    client = engine(folder, PLAIN)
+    loose = {"type": "function", "function": {"name": "other", "parameters": {"type": "object", "properties": {}}}}
+    held = use_of(client, request(tools=[TOOL, loose])).grammar
+    assert held is not None
+    assert str(held.grammar).startswith("start: (begin (call_0 | call_1))* TEXT")
+    assert use_of(client, request(tools=[loose])).grammar is None
+    assert use_of(client, request(tools=[TOOL]), tool_call_parser="llama3_json").grammar is None
 
 
 def test_parameters_must_be_an_objects() -> None:

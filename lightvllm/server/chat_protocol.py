@@ -112,7 +112,9 @@ class FunctionDefinition(RequestModel):
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema of an object; null takes no arguments.")
     strict: bool | None = Field(
-        None, description="Has no effect: forced calls follow the schema either way, others are not held to it."
+        None,
+        description="The arguments follow the schema also when the call is not forced, in formats that mark calls "
+        "(hermes, mistral). Those of forced calls always do.",
     )
 
 

@@ -4,6 +4,7 @@ Lark notation, whose ``%json`` takes a schema)."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,28 +33,62 @@ def grammar(
 
     Args:
         parallel: more than one call is allowed.
-        mark_id: the token id of the format's mark (``<tool_call>``), if it is a token of its own.
+        mark_id: the token id of the format's mark (``<tool_call>``), if that is a special token.
         answer: a JSON schema of what may come in place of calls (in llama3_json, of one call).
 
     Raises ConfigError for a schema that is not of an object.
     """
     if tool_format == "llama3_json" and answer is not None:
         return f"start: {_json(_call_or_answer(functions, answer))}"
-    mark = None if mark_id is None else f"<[{mark_id}]>"
+    mark = f"<[{mark_id}]>" if mark_id is not None else _quoted(MARKS[tool_format]) if tool_format in MARKS else ""
     rules: list[str] = []
-    names = [_call(tool_format, number, function, mark, rules) for number, function in enumerate(functions)]
+    call = _one_call(tool_format, functions, rules)
     before, between, after = {
         "hermes": ("", '"\\n"', ""),
         "llama3_json": ("", '"; "', ""),
-        "mistral": (f'{mark or _quoted("[TOOL_CALLS]")} "["', '", "', '"]"'),
+        "mistral": (f'{mark} "["', '", "', '"]"'),
         "pythonic": ('"["', '", "', '"]"'),
     }[tool_format]
+    opening = mark if tool_format == "hermes" else ""
     more = f"({between} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
     start = "start: calls" if answer is None else f"start: calls | answer\nanswer: {_json(answer)}"
-    return "\n".join([start, f"calls: {before} call {more} {after}", f"call: {' | '.join(names)}", *rules])
+    return "\n".join([start, f"calls: {before} call {more} {after}", f"call: {opening} ({call})", *rules])
 
 
-def _call(tool_format: ToolFormat, number: int, function: Function, mark: str | None, rules: list[str]) -> str:
+MARKS: dict[ToolFormat, str] = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]"}
+"""Formats in which every call (of mistral, every list of calls) stands behind a mark."""
+
+
+def text_with_calls(
+    tool_format: ToolFormat, functions: Sequence[Function], *, parallel: bool, mark_id: int | None = None
+) -> str:
+    """Any text, in which what follows a mark is a call; for formats of ``MARKS``. Arguments as of ``grammar``."""
+    rules: list[str] = []
+    call = f"({_one_call(tool_format, functions, rules)})"
+    if tool_format == "mistral":
+        more = f'(", " {call}){{0,{MAX_CALLS - 1}}}' if parallel else ""
+        call = f'"[" {call} {more} "]"'
+    count = "*" if parallel and tool_format == "hermes" else "?"
+    if mark_id is not None:  # text never has it
+        return "\n".join([f"start: TEXT (<[{mark_id}]> {call} TEXT){count}", "TEXT: /(?s:.*)/", *rules])
+    mark = MARKS[tool_format]
+    return "\n".join(
+        [
+            f"start: (begin {call}){count} TEXT",
+            f"begin[suffix={_quoted(mark)}]: /(?s:.*)/",
+            f"TEXT: /(?s:.*)/ & ~/(?s:.*){re.escape(mark)}(?s:.*)/",
+            *rules,
+        ]
+    )
+
+
+def _one_call(tool_format: ToolFormat, functions: Sequence[Function], rules: list[str]) -> str:
+    """The rule of a call of one of the functions, behind its mark; adds the rules that it needs."""
+    names = [_call(tool_format, number, function, rules) for number, function in enumerate(functions)]
+    return " | ".join(names)
+
+
+def _call(tool_format: ToolFormat, number: int, function: Function, rules: list[str]) -> str:
     """The name of the rule of one function's call."""
     name, parameters = function
     schema = _object_schema(name, parameters)
@@ -65,10 +100,7 @@ def _call(tool_format: ToolFormat, number: int, function: Function, mark: str | 
     begin, end = f'{{"name": {json.dumps(name)}, "{key}": ', "}"
     if tool_format == "hermes":
         begin, end = "\n" + begin, end + "\n</tool_call>"
-        opening = mark or _quoted("<tool_call>")
-    else:
-        opening = ""
-    rules += [f"{rule}: {opening} {_quoted(begin)} {arguments} {_quoted(end)}", f"{arguments}: {_json(schema)}"]
+    rules += [f"{rule}: {_quoted(begin)} {arguments} {_quoted(end)}", f"{arguments}: {_json(schema)}"]
     return rule
 
 

@@ -3,7 +3,8 @@
 A chat template that knows ``tools`` shows them to the model itself, and its text tells the format of the calls
 (``detect``). Without such a template the tools are described in the system message, in Hermes' format unless the server
 was started with another ``tool_call_parser``, and earlier calls and results are written as text. A forced choice
-(``required``, a named function) becomes a grammar of that format with the tools' parameter schemas in it.
+(``required``, a named function) becomes a grammar of that format with the tools' parameter schemas in it; so do calls
+of ``strict`` tools, where the format marks calls.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class ToolUse:
         tools: as the template takes them; empty if the model shall not see any.
         names: of the functions.
         parallel: more than one call may come.
-        grammar: what a forced choice is held to.
+        grammar: what a forced choice is held to, or calls of tools that are ``strict``.
         marked: calls are marked by a special token, which the text must show.
     """
 
@@ -133,6 +134,8 @@ def tool_use(
             raise ApiError(400, f"{answer.kind} and tools exclude each other; use a JSON schema", param="tools")
         schema = {"type": "object"} if answer.json_object else json.loads(str(answer.json))
         grammar = _grammar(engine, tool_format, active, parallel=parallel, answer=schema)
+    elif tool_format in tool_grammar.MARKS and any(tool.function.strict for tool in active):
+        grammar = _grammar(engine, tool_format, active, parallel=parallel, forced=False)
     return ToolUse(
         format=tool_format,
         native=native,
@@ -163,13 +166,27 @@ def _format(settings: ServerSettings, chat_template: str, *, native: bool, neede
 
 
 def _grammar(
-    engine: EngineClient, tool_format: ToolFormat, tools: Sequence[Tool], *, parallel: bool, answer: Any = None
+    engine: EngineClient,
+    tool_format: ToolFormat,
+    tools: Sequence[Tool],
+    *,
+    parallel: bool,
+    forced: bool = True,
+    answer: dict[str, Any] | None = None,
 ) -> StructuredOutputs:
-    mark = PARSERS[tool_format].opening
+    """Of calls, or of an ``answer``; not ``forced``: of text with calls, in which those of strict tools are valid."""
+    mark = tool_grammar.MARKS.get(tool_format)
     token_id = engine.tokenizer.token_id(mark) if mark else None
-    functions = [(tool.function.name, tool.function.parameters) for tool in tools]
+    if token_id not in engine.tokenizer.special_token_ids:
+        token_id = None  # an ordinary token is part of the text
     try:
-        text = tool_grammar.grammar(tool_format, functions, parallel=parallel, mark_id=token_id, answer=answer)
+        if forced:
+            functions = [(tool.function.name, tool.function.parameters) for tool in tools]
+            text = tool_grammar.grammar(tool_format, functions, parallel=parallel, mark_id=token_id, answer=answer)
+        else:
+            anything = {"type": "object"}
+            functions = [(t.function.name, t.function.parameters if t.function.strict else anything) for t in tools]
+            text = tool_grammar.text_with_calls(tool_format, functions, parallel=parallel, mark_id=token_id)
         return StructuredOutputs(grammar=text)
     except ConfigError as error:
         raise ApiError(400, str(error), param="tools") from None
