@@ -6,13 +6,13 @@ state, but for what the proxy and the probes report through the pool.
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
+from lightvllm.backends.k8s.security import is_loopback
 from lightvllm.errors import ConfigError
 
 State = Literal["new", "healthy", "unready", "ejected"]
@@ -122,10 +122,3 @@ def is_private(url: str) -> bool:
     """Whether nobody on the network can read what is sent there: TLS or this machine itself."""
     parts = urlsplit(url)
     return parts.scheme == "https" or is_loopback(parts.hostname or "")
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

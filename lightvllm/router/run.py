@@ -19,10 +19,10 @@ from pathlib import Path
 
 from aiohttp import web
 
+from lightvllm.backends.k8s.security import is_loopback
 from lightvllm.errors import ConfigError
 from lightvllm.router.app import ROUTER, Router
 from lightvllm.router.keys import check_private
-from lightvllm.router.replica import is_loopback
 
 logger = logging.getLogger(__name__)
 
