@@ -137,6 +137,15 @@ def test_what_it_says_is_shown_only_on_demand(
         assert (f"[worker {process.pid}] some words" in capsys.readouterr().err) == shown
 
 
+def test_its_log_is_shown_as_it_is_where_it_is_for_machines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = '{"time": "2026-11-21T15:05:02.396Z", "message": "words"}'
+    (folder / "grpc.py").write_text(f"import sys\nsys.stderr.write({record!r} + chr(10))\nraise SystemExit('others')")
+    exited = threading.Event()
+    start(f"unix:{folder}/w.sock", env={"PYTHONPATH": str(folder)}, on_exit=exited.set)
+    assert exited.wait(LIMIT)
+    assert capsys.readouterr().err == f"{record}\n"
+
+
 PARENT = """
 import os, sys, time
 from lightvllm.backends.k8s.process import WorkerProcess
