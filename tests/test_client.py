@@ -395,6 +395,20 @@ def test_a_key_is_sent_and_may_be_refused(server: FakeOpenAI, monkeypatch: pytes
         assert sent not in str(caught.value)
 
 
+def test_of_several_keys_in_the_environment_the_first_is_sent(
+    server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTVLLM_API_KEY", " one two ")
+    with Client(server.url) as client:
+        client.inference("x")
+    assert server.headers[-1]["Authorization"] == "Bearer one"
+
+
+def test_a_batch_for_nobody_fails_as_one() -> None:
+    with Client("http://127.0.0.1:9", max_retries=0) as client, pytest.raises(ServerError, match="cannot reach"):
+        client.inference_batch(["x"] * 1000, return_exceptions=True)
+
+
 def test_nobody_listens() -> None:
     with (
         Client("http://127.0.0.1:9", max_retries=1) as client,
@@ -483,6 +497,9 @@ def test_questions_that_are_none(
         ({"base_url": "localhost:8000"}, "use http://host:port/v1"),
         ({"base_url": "ftp://a/b"}, "use http://host:port/v1"),
         ({"base_url": "http://[::1"}, "is no URL"),
+        ({"base_url": "http://me:hidden@127.0.0.1/v1"}, "^base_url holds a name or a password; use http://host"),
+        ({"api_key": "a\nb"}, "^api_key cannot be sent in a header; use printable ASCII without spaces$"),
+        ({"api_key": "schlüssel"}, "^api_key cannot be sent"),
         ({"timeout": 0}, "timeout=0"),
         ({"connect_timeout": -1}, "connect_timeout=-1"),
         ({"max_concurrency": 0}, "at least 1"),
@@ -545,6 +562,12 @@ def test_a_client_that_is_dropped_leaves_no_thread(server: FakeOpenAI) -> None:
         lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("lightvllm-client")],
         "its thread to end",
     )
+
+
+def test_a_stream_outlives_the_last_name_of_its_client(server: FakeOpenAI) -> None:
+    stream = Client(server.url).streaming_batch(["x"])
+    gc.collect()
+    assert "".join(delta for _, delta in stream) == "you said x"  # type: ignore[misc]
 
 
 def test_an_interpreter_ends_beside_an_open_client(server: FakeOpenAI) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from typing import Any, Literal, Self, TypeVar, overload
 
 import httpx2
 import pydantic
 
 from lightvllm.client import chat
-from lightvllm.client.background import Background
+from lightvllm.client.background import Background, Produce
 from lightvllm.client.chat import Prompt
 from lightvllm.client.http import Http
 from lightvllm.errors import ConfigError, LightvllmError
@@ -76,9 +76,11 @@ class Client:
                 raise ConfigError(f"{name}={value!r} is not allowed; use a number of seconds above 0")
         if max_concurrency < 1 or max_retries < 0:
             raise ConfigError(f"{max_concurrency=}, {max_retries=}; use at least 1 and 0")
+        if api_key is None:  # the same variable may hold several for a server
+            api_key = next(iter(os.environ.get(API_KEY, "").split()), None)
         self._http = Http(
             base_url,
-            api_key=api_key if api_key is not None else os.environ.get(API_KEY),
+            api_key=api_key,
             timeout=timeout,
             connect_timeout=connect_timeout,
             max_connections=max_concurrency,
@@ -231,7 +233,7 @@ class Client:
         Closing the generator ends the requests, at the server too. A prompt alone is a list of one.
         """
         bodies = [chat.question(prompt, system, structured_output, sampling) for prompt in prompts]
-        return self._background.iterate(self._core.streams(bodies, structured_output, return_exceptions))
+        return self._background.iterate(self._streams(bodies, structured_output, return_exceptions))
 
     def a_streaming_batch(
         self,
@@ -244,7 +246,17 @@ class Client:
     ) -> AsyncGenerator[tuple[int, str | Model | LightvllmError], None]:
         """``streaming_batch`` for ``async for``."""
         bodies = [chat.question(prompt, system, structured_output, sampling) for prompt in prompts]
-        return self._background.aiterate(self._core.streams(bodies, structured_output, return_exceptions))
+        return self._background.aiterate(self._streams(bodies, structured_output, return_exceptions))
+
+    def _streams(
+        self, bodies: list[dict[str, Any]], form: type[Model] | None, return_exceptions: bool
+    ) -> Produce[tuple[int, str | Model | LightvllmError]]:
+        """Holds the client, so that a stream outlives the last name of it."""
+
+        async def produce(put: Callable[[tuple[int, str | Model | LightvllmError]], None]) -> None:
+            await self._core.many(bodies, form, return_exceptions, put)
+
+        return produce
 
     # ---------------------------------------------------------------------------------------------------------- end
 
@@ -278,15 +290,16 @@ class _Core:
     async def one(
         self, body: dict[str, Any], form: type[Model] | None, receive: Callable[[str], None] | None = None
     ) -> str | Model:
+        model = await self._name()
         async with self._slots:
-            if self._model is None:
-                async with self._asking:
-                    await self._ask_model()
-            return await chat.ask(self._http, {"model": self._model, **body}, form, receive)
+            return await chat.ask(self._http, {"model": model, **body}, form, receive)
 
-    async def _ask_model(self) -> None:
-        if self._model is None:
-            self._model = await chat.only_model(self._http)
+    async def _name(self) -> str:
+        """The model's; asked for once."""
+        async with self._asking:
+            if self._model is None:
+                self._model = await chat.only_model(self._http)
+            return self._model
 
     async def many(
         self,
@@ -296,6 +309,9 @@ class _Core:
         put: Callable[[tuple[int, str | Model | LightvllmError]], None] | None = None,
     ) -> list[str | Model | LightvllmError]:
         """The answers. If there is ``put`` they are streamed to it, and what is no text follows whole."""
+        if not bodies:
+            return []
+        await self._name()  # a server that cannot even say it fails the batch, and not prompt after prompt
         answers: dict[int, str | Model | LightvllmError] = {}
         numbered = enumerate(bodies)
 
@@ -319,11 +335,3 @@ class _Core:
         except* LightvllmError as failed:
             raise failed.exceptions[0] from None
         return [answers[index] for index in range(len(bodies))]
-
-    def streams(
-        self, bodies: list[dict[str, Any]], form: type[Model] | None, return_exceptions: bool
-    ) -> Callable[[Callable[[tuple[int, str | Model | LightvllmError]], None]], Coroutine[Any, Any, None]]:
-        async def produce(put: Callable[[tuple[int, str | Model | LightvllmError]], None]) -> None:
-            await self.many(bodies, form, return_exceptions, put)
-
-        return produce

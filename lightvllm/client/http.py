@@ -75,8 +75,12 @@ class Http:
             url = httpx2.URL(base_url)
         except (httpx2.InvalidURL, TypeError) as error:
             raise ConfigError(f"base_url={base_url!r} is no URL: {error}; use http://host:port/v1") from None
+        if url.userinfo:
+            raise ConfigError("base_url holds a name or a password; use http://host:port/v1, and api_key for the key")
         if url.scheme not in ("http", "https") or not url.host:
             raise ConfigError(f"base_url={base_url!r} is not usable; use http://host:port/v1")
+        if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+            raise ConfigError("api_key cannot be sent in a header; use printable ASCII without spaces")
         self.url = url.copy_with(path="/v1") if url.path in ("", "/") else url
         self.timeout = timeout
         self._max_retries = max_retries
@@ -129,7 +133,7 @@ class Http:
                     await response.aclose()
         except TimeoutError:
             raise RpcTimeout(f"{self.url}: no complete answer in {self.timeout:g} s (timeout)") from None
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise ServerError(f"{self.url} broke off: {_said(error)}") from error
 
     async def _try(self, method: str, path: str, content: bytes | None, deadline: float) -> httpx2.Response:
