@@ -273,6 +273,8 @@ async def test_a_listener_that_fails_costs_nobody_else_anything(make: Make) -> N
         (3.5, {}, "expected text or a list of token ids"),
         ("x", {"priority": "high"}, "priority='high'"),
         ("x", {"timeout": -1}, "timeout=-1"),
+        ("x", {"request_id": 5}, "request_id=5 is not allowed"),
+        ("hello " * 5000, {}, "max_model_len=256"),
         ("x", {"output_kind": "some"}, "output_kind='some' is not allowed; use 'delta' or 'cumulative' or 'final'"),
         ("x", {"sampling_params": {"n": 2}}, "expected SamplingParams"),
         ("x", {"sampling_params": SamplingParams(stop_token_ids=[999])}, r"stop_token_ids=\[999\]"),

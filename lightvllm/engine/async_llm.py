@@ -44,6 +44,9 @@ from lightvllm.errors import ConfigError, RpcTimeout, Shutdown
 from lightvllm.sampling_params import SamplingParams
 from lightvllm.version import __version__
 
+LONG_TEXT = 8192
+"""Characters of a prompt that take about a millisecond to tokenize."""
+
 HEALTH_TIMEOUT = 15.0
 """Seconds for ``check_health``; the executor itself gives its workers ten."""
 
@@ -155,8 +158,8 @@ class AsyncLLM:
         try:
             await self._ready
         except BaseException:
-            self._finalizer.detach()
             await self._core.close(self._shutdown_timeout)
+            self._finalizer.detach()
             raise
 
     # ------------------------------------------------------------------------------------- what is known of it
@@ -206,13 +209,14 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """See ``EngineClient.generate``. Nothing happens before the first ``anext``."""
         self._check_usable()
+        arrival_time = time.monotonic()
         check_type("output_kind", output_kind, OutputKind)
         structured = getattr(sampling_params, "structured_outputs", None)
         if structured is not None:  # may take seconds; what was found is kept
             await asyncio.to_thread(check_structured, structured, self._info.config.model)
-            self._check_usable()
         params = self._intake.params(sampling_params)
-        number, stream = self._add(prompt, params, request_id, priority, timeout, output_kind)
+        read = await self._read(prompt)
+        number, stream = self._add(read, params, request_id, arrival_time, priority, timeout, output_kind)
         try:
             while True:
                 output = await stream.next()
@@ -245,8 +249,10 @@ class AsyncLLM:
     async def embed(self, prompt: Prompt, request_id: str | None = None, *, priority: int = 0) -> EmbeddingOutput:
         """See ``EngineClient.embed``. Cancelling the task aborts the request."""
         self._check_usable()
+        arrival_time = time.monotonic()
         self._intake.check_embeds()
-        number, stream = self._add(prompt, None, request_id, priority, None, "final")
+        read = await self._read(prompt)
+        number, stream = self._add(read, None, request_id, arrival_time, priority, None, "final")
         try:
             return EmbeddingOutput.of(await stream.next())
         finally:
@@ -268,8 +274,8 @@ class AsyncLLM:
     async def shutdown(self) -> None:
         if self._state in ("starting", "ready"):
             self._end(Failure.of(Shutdown("the engine has been shut down")))
-        self._finalizer.detach()
         await self._core.close(self._shutdown_timeout)
+        self._finalizer.detach()
 
     async def __aenter__(self) -> Self:
         return self
@@ -283,21 +289,29 @@ class AsyncLLM:
         if self._failure is not None:
             raise self._failure.error()
 
+    async def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Its text, if that was given, and its tokens, checked. A long text is read in a thread, beside the loop."""
+        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
+            return await asyncio.to_thread(self._intake.prompt, prompt)
+        return self._intake.prompt(prompt)
+
     def _add(
         self,
-        prompt: Prompt,
+        prompt: tuple[str | None, list[int]],
         params: SamplingParams | None,
         request_id: str | None,
+        arrival_time: float,
         priority: int,
         timeout: float | None,
         output_kind: OutputKind,
     ) -> tuple[int, RequestStream]:
         """Check the rest of a request and send it on its way. ``params``: None for an embedding."""
+        self._check_usable()
+        check_type("request_id", request_id, str | None)
         check_priority(priority)
         check_timeout(timeout)
-        arrival_time = time.monotonic()
         num_seqs = 1 if params is None else params.n
-        text, token_ids = self._intake.prompt(prompt)
+        text, token_ids = prompt
         number = self._num_requests
         name = f"request-{number}" if request_id is None else request_id
         if name in self._request_ids:
