@@ -130,6 +130,9 @@ def test_probes_are_quiet_unless_they_fail(lines: list[dict[str, Any]]) -> None:
     client.get("/health")
     assert [(line["path"], line["status"]) for line in lines] == [("/health", 503)]
     assert counted(app)["GET /health 200"] == 1
+    lines.clear()
+    TestClient(app_of(root_path="/llm")).get("/llm/health")
+    assert not lines, "below a proxy's path too"
 
 
 def test_without_request_log(lines: list[dict[str, Any]]) -> None:

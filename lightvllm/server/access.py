@@ -16,6 +16,7 @@ from lightvllm.server.metrics import Metrics
 CLIENT_LEFT = 499
 """What log and metrics call the status of a request whose client did not wait for the end of the answer; nginx's."""
 
+_QUIET = frozenset({"/health", "/live", "/ping", "/metrics", "/load"})  # asked for every few seconds by machines
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -65,4 +66,4 @@ class Access:
         if self._log_requests:
             request.request_id = scope.get("state", {}).get("request_id", "")
             client = scope["client"][0] if scope.get("client") else ""
-            log_answer(request, method, scope["path"], status, seconds, client)
+            log_answer(request, method, scope["path"], status, seconds, client, quiet=handler in _QUIET)

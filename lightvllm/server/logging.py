@@ -17,9 +17,6 @@ from lightvllm.logs import LogFormat, LogLevel
 
 access = logging.getLogger("lightvllm.access")
 
-QUIET_PATHS = frozenset({"/health", "/live", "/ping", "/metrics", "/load"})
-"""Asked for every few seconds by machines: their successes are logged at debug level."""
-
 _IN_PATHS = "/:@-._~!$&'()*+,;=%"
 
 
@@ -67,17 +64,17 @@ def configure_logging(log_format: LogFormat = "text", level: LogLevel = "info") 
     logging.getLogger("uvicorn.access").disabled = True
 
 
-def log_answer(request: HttpRequest, method: str, path: str, status: int, seconds: float, client: str = "") -> None:
+def log_answer(
+    request: HttpRequest, method: str, path: str, status: int, seconds: float, client: str = "", *, quiet: bool = False
+) -> None:
     """The line of one HTTP request that has been answered in full, or whose client has gone (status 499).
 
     Args:
         path: as the client sent it, without the query.
         seconds: from the request's head to the end of its answer.
+        quiet: a success is worth no more than the level debug.
     """
-    if status >= 500:
-        level = logging.WARNING
-    else:
-        level = logging.DEBUG if path in QUIET_PATHS and status < 400 else logging.INFO
+    level = logging.WARNING if status >= 500 else logging.DEBUG if quiet and status < 400 else logging.INFO
     if not access.isEnabledFor(level):
         return
     extra: dict[str, object] = {"request_id": request.request_id, "client": client or None}
