@@ -58,7 +58,8 @@ class CompletionLogprobWriter:
         self._as_ids = as_ids
         self._skipped = skipped
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = self._floor = 0
+        self._offset = 0
+        self._at_beginning = False
 
     def write(
         self,
@@ -74,7 +75,8 @@ class CompletionLogprobWriter:
             text: of an echoed prompt, in which special tokens may have been written out.
         """
         if begins_at is not None:
-            self._begin(token_ids, begins_at)
+            self._characters.reset()
+            self._offset, self._at_beginning = begins_at, True
         tokens: list[str] = []
         chosen: list[float | None] = []
         tops: list[dict[str, float] | None] = []
@@ -84,8 +86,11 @@ class CompletionLogprobWriter:
             raw = self._tokenizer.token_bytes(token_id)
             if raw[:1] < b"\x80" or raw[:1] >= b"\xc0":  # a character begins: bytes before it that are none are done
                 self._offset += len(self._characters.decode(b"", final=True))
-            offsets.append(max(self._floor, self._offset))
+            offsets.append(self._offset)
             if token_id not in self._skipped or (text and self._is_at(text, token_id)):
+                if self._at_beginning:
+                    self._at_beginning = False
+                    raw = self._first(token_id, raw)
                 self._offset += len(self._characters.decode(raw))
             if position is None:
                 chosen.append(None)
@@ -100,16 +105,13 @@ class CompletionLogprobWriter:
         return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
 
     def _is_at(self, text: str, token_id: int) -> bool:
-        return text.startswith(token_text(self._tokenizer, token_id), max(0, self._offset))
+        return text.startswith(token_text(self._tokenizer, token_id), self._offset)
 
-    def _begin(self, token_ids: Sequence[int], offset: int) -> None:
-        """Some decoders drop the space before the first token of a text."""
-        self._characters.reset()
-        self._floor = self._offset = offset
-        first = next((i for i in token_ids if i not in self._skipped), None)
-        if first is not None and (spelled := token_text(self._tokenizer, first)).startswith(" "):
-            alone = self._tokenizer.decode([first], skip_special_tokens=False)
-            self._offset -= len(spelled) - len(alone)
+    def _first(self, token_id: int, raw: bytes) -> bytes:
+        """What is left of a text's first token: some decoders drop the space before it."""
+        if not raw.startswith(b" "):
+            return raw
+        return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
 
 
 def join_logprobs(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
