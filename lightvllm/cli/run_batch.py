@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,9 +113,41 @@ def run_batch(
                 await llm.shutdown()
 
         try:
-            asyncio.run(answer())
+            number = asyncio.run(_until_signal(answer))
         finally:
             typer.echo(_summary(batch.counts, time.perf_counter() - started), err=True)
+    if number is not None:
+        raise typer.Exit(128 + number)
+
+
+async def _until_signal(work: Callable[[], Awaitable[None]]) -> int | None:
+    """Do the work; the number of the signal that ended it. The handlers of ``main`` would raise in whatever runs just
+    then, a request among many; here the work is cancelled. A second signal is ignored, a third ends the process."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work())
+    received: list[int] = []
+
+    def stop(number: int) -> None:
+        received.append(number)
+        if len(received) == 1:
+            task.cancel()
+        elif len(received) == 2:
+            typer.echo("still shutting down; once more ends it by force", err=True)
+        else:
+            os._exit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        await asyncio.wait({task})
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+    if task.cancelled():
+        return received[0]
+    task.result()
+    return None
 
 
 def _read(path: Path | None) -> str | None:
