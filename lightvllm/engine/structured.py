@@ -1,8 +1,9 @@
 """Whether a structured output can be had, found out before its request is queued.
 
 Nearly every grammar is checked here, in about a millisecond. llguidance's limits do not cover all that it does while
-it compiles, though: some twenty patterns that must all hold take it minutes. So what could be of that kind, and what is
-long, is compiled by a process of its own first, which has ``CPU_SECONDS`` for it. One at a time::
+it compiles, though: some twenty patterns that must all hold take it minutes, a large ``multipleOf`` many seconds. So
+what could be of that kind, and what is long, is compiled by a process of its own first, which has ``CPU_SECONDS`` for
+it; as long, at worst, will a worker wait for it later. One at a time::
 
     python -m lightvllm.engine.structured < GRAMMAR_AND_TOKENIZER_AS_JSON
 """
@@ -27,8 +28,8 @@ from lightvllm.errors import ConfigError
 from lightvllm.grammar import grammar_text, limits, load_tokenizer, one_line
 from lightvllm.sampling_params import StructuredOutputs
 
-CPU_SECONDS = 3
-"""Of the processor, with about half a second for its start and the tokenizer; so a busy machine refuses no more."""
+CPU_SECONDS = 0.5
+"""Of the processor, so that a busy machine refuses no more than an idle one; the start does not count."""
 WALL_SECONDS = 20.0
 """After which it is given up, wherever it stands; asked again, it is tried again."""
 _CHECK_BYTES = 2**30
@@ -98,13 +99,13 @@ def _refusal(structured: StructuredOutputs, message: str) -> str:
 
 
 def _may_be_slow(structured: StructuredOutputs) -> bool:
-    """Whether it is long, or may have rules of which several must hold for one string or number."""
+    """Whether it is long, has a divisor, or may have patterns of which several must hold for one string."""
     if structured.json is not None:
         try:
             text = json.dumps(json.loads(str(structured.json)))
         except (ValueError, RecursionError):
             return False  # refused at once
-        return len(text) > _LONG or text.count('"pattern') + text.count('"multipleOf"') > _FEW_PATTERNS
+        return len(text) > _LONG or '"multipleOf"' in text or text.count('"pattern') > _FEW_PATTERNS
     if structured.grammar is not None:
         return len(structured.grammar) > _LONG or not set("&~%").isdisjoint(structured.grammar)
     return len(structured.regex or "") > _LONG
@@ -128,8 +129,8 @@ def _compiled_apart(question: _Question) -> str:
         _ONE_AT_A_TIME.release()
     if done.returncode == 0:
         return done.stdout.decode()
-    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return _refusal(structured, f"it takes more than {CPU_SECONDS} s to compile; use a simpler one")
+    if done.returncode == -signal.SIGPROF:
+        return _refusal(structured, f"it takes more than {CPU_SECONDS:g} s to compile; use a simpler one")
     reason = one_line(done.stderr.decode(errors="replace")) if done.returncode > 0 else "too much memory or depth"
     return _refusal(structured, f"it cannot be compiled ({reason}); use a simpler one")
 
@@ -139,8 +140,11 @@ def main() -> None:
     os.nice(10)  # the steps of the engine go first
     with contextlib.suppress(ValueError, OSError):  # a hard limit below; the time-out holds all the same
         resource.setrlimit(resource.RLIMIT_AS, (_CHECK_BYTES, _CHECK_BYTES))
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    sys.stdout.write(_compiled(msgspec.json.decode(sys.stdin.buffer.read(), type=_Question)))
+    question = msgspec.json.decode(sys.stdin.buffer.read(), type=_Question)
+    with contextlib.suppress(ConfigError):  # ``_compiled`` says it
+        load_tokenizer(question.path, question.vocab_size, question.eos_token_ids)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # its signal ends the process
+    sys.stdout.write(_compiled(question))
 
 
 if __name__ == "__main__":
