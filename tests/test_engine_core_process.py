@@ -32,8 +32,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def child_of(engine: AsyncLLM) -> int:
-    assert isinstance(engine._core, ProcessCore)
-    return engine._core.pid
+    assert isinstance(engine._front.core, ProcessCore)
+    return engine._front.core.pid
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ core_process.EXECUTOR_FACTORY = "fake_core:make_executor"
 
 async def main():
     engine = await AsyncLLM.create({folder!r}, env={{"FAKE_STEP_SECONDS": "{step_seconds}"}}, **async_engines.SMALL)
-    print(engine._core.pid, flush=True)
+    print(engine._front.core.pid, flush=True)
     reader = asyncio.ensure_future(anext(engine.generate("hello", SamplingParams(max_tokens=200, ignore_eos=True))))
     await (asyncio.sleep(0.1) if {step_seconds} > 1 else reader)
     {then}
