@@ -29,7 +29,7 @@ from lightvllm.router.keys import ApiKeys
 from lightvllm.router.metrics import CONTENT_TYPE, Metrics
 from lightvllm.router.pool import Pool
 from lightvllm.router.proxy import Proxy
-from lightvllm.router.replies import ApiError
+from lightvllm.router.replies import ApiError, unknown_model
 from lightvllm.router.settings import RouterSettings
 from lightvllm.router.sources import Source, follow
 from lightvllm.router.upstream import SERVER, Upstream
@@ -142,7 +142,7 @@ class Router:
     async def model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         if not self.pool.knows(name):
-            raise self._no_model(name)
+            raise unknown_model(name, self.pool.models)
         return web.json_response(self.pool.card(name))
 
     async def backends(self, request: web.Request) -> web.Response:
@@ -157,17 +157,8 @@ class Router:
         if name is None:
             return web.json_response({"models": {name: self._queue(name) for name in self.pool.models}})
         if not self.pool.knows(name):
-            raise self._no_model(name)
+            raise unknown_model(name, self.pool.models)
         return web.json_response(self._queue(name))
-
-    def _no_model(self, name: str) -> ApiError:
-        known = ", ".join(self.pool.models) or "none yet"
-        return ApiError(
-            404,
-            f"the model {name!r:.200} does not exist; known: {known}",
-            param="model",
-            code="model_not_found",
-        )
 
     def _queue(self, name: str) -> dict[str, int]:
         pending, waiting = self.pool.pending[name], self.pool.num_held(name)

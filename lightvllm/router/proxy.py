@@ -10,10 +10,10 @@ When the client leaves, aiohttp cancels the handler, which closes the connection
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
-from types import SimpleNamespace
 
 import aiohttp
 from aiohttp import web
@@ -25,7 +25,7 @@ from lightvllm.router.health import describe
 from lightvllm.router.metrics import Metrics
 from lightvllm.router.pool import Pool, Request
 from lightvllm.router.replica import Replica
-from lightvllm.router.replies import ApiError
+from lightvllm.router.replies import ApiError, unknown_model
 from lightvllm.router.settings import RouterSettings
 from lightvllm.router.upstream import Upstream, downstream_headers, read_most
 
@@ -35,7 +35,6 @@ access = logging.getLogger("lightvllm.access")
 _RETRIED = (429, 502, 503)
 _ERROR_BYTES = 1 << 20  # of an error answer that is kept while others are tried
 _PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between rounds over replicas that have all failed
-_STALE = 1.0  # seconds in which a kept connection that the replica was closing shows that it was
 _MOST_BUSY = 10.0  # seconds for which a 429's Retry-After is believed
 _ANSWERED_BADLY = (aiohttp.ClientError, OSError, ValueError)
 
@@ -111,13 +110,7 @@ class Proxy:
                 code="missing_required_parameter",
             )
         if not self._pool.knows(name):
-            shown = f"{name!r:.200}"
-            raise ApiError(
-                404,
-                f"the model {shown} does not exist; known: {', '.join(known) or 'none yet'}",
-                param="model",
-                code="model_not_found",
-            )
+            raise unknown_model(name, known)
         return name
 
     async def _serve(self, exchange: _Exchange) -> web.StreamResponse:
@@ -155,7 +148,7 @@ class Proxy:
         raise ApiError(status, f"{exchange.tries} tries failed, the last because {last}", code="bad_gateway")
 
     async def _try(self, exchange: _Exchange, replica: Replica) -> web.StreamResponse:
-        settings, context, sent = self._settings, SimpleNamespace(reused=False), time.monotonic()
+        settings = self._settings
         answer: aiohttp.ClientResponse | None = None
         try:
             async with asyncio.timeout(settings.header_timeout):
@@ -164,7 +157,6 @@ class Proxy:
                     exchange.path,
                     exchange.content,
                     self._upstream.headers(exchange.request.headers, exchange.request.remote or "", exchange.id),
-                    context,
                 )
             if answer.status in _RETRIED and (answer.status != 429 or "Retry-After" in answer.headers):
                 raise await self._refused(exchange, replica, answer)
@@ -181,8 +173,6 @@ class Proxy:
         except _ANSWERED_BADLY as error:
             if answer is None and isinstance(error, ValueError) and not isinstance(error, aiohttp.ClientError):
                 raise ApiError(400, f"a header of the request cannot be passed on: {error}") from None
-            if context.reused and answer is None and time.monotonic() - sent < _STALE:
-                raise _Failed("stale", "it closed a kept connection") from None
             self._pool.failed(replica, describe(error))
             raise _Failed("broken", describe(error), lost=True) from None
         finally:
@@ -220,7 +210,7 @@ class Proxy:
                 limit.reschedule(asyncio.get_running_loop().time() + idle)
         exchange.first_byte = time.monotonic()
         if not chunk:
-            self._pool.succeeded(replica)
+            self._done_well(replica, answer)
             return web.Response(status=answer.status, body=bytes(kept), headers=headers)
 
         events = WholeEvents() if is_stream and "Content-Encoding" not in answer.headers else None
@@ -231,7 +221,7 @@ class Proxy:
             await out.prepare(exchange.request)
             problem = await self._stream(bytes(kept), answer, out, events)
             if problem is None:
-                self._pool.succeeded(replica)
+                self._done_well(replica, answer)
                 await out.write_eof()
             else:
                 exchange.broken = "broken"
@@ -246,9 +236,15 @@ class Proxy:
         except asyncio.CancelledError:
             if self.ending:
                 error = ApiError(503, "the router is shutting down; try again", code="shutting_down")
-                await self._end_broken(exchange, out, events, error)
+                with contextlib.suppress(aiohttp.ClientConnectionResetError):
+                    await self._end_broken(exchange, out, events, error)
             raise
         return out
+
+    def _done_well(self, replica: Replica, answer: aiohttp.ClientResponse) -> None:
+        """A complete answer. One of 5xx may be the request's fault, so it neither ejects nor clears."""
+        if answer.status < 500:
+            self._pool.succeeded(replica)
 
     async def _stream(
         self, chunk: bytes, answer: aiohttp.ClientResponse, out: web.StreamResponse, events: WholeEvents | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 
 from aiohttp import web
 
@@ -58,3 +59,13 @@ class ApiError(Exception):
 
     def response(self) -> web.Response:
         return web.Response(status=self.status, body=self.body(), content_type="application/json", headers=self.headers)
+
+
+def unknown_model(name: str, known: Sequence[str]) -> ApiError:
+    """404, naming the known ones."""
+    return ApiError(
+        404,
+        f"the model {name!r:.200} does not exist; known: {', '.join(known) or 'none yet'}",
+        param="model",
+        code="model_not_found",
+    )

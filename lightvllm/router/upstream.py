@@ -54,6 +54,7 @@ class Upstream:
         self._own = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
+        self._fresh: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Upstream:
         settings = self._settings
@@ -61,22 +62,26 @@ class Upstream:
         reuse: dict[str, Any] = (
             {"keepalive_timeout": settings.keepalive} if settings.keepalive else {"force_close": True}
         )
+        self._session, self._fresh = self._open(**reuse), self._open(force_close=True)
+        return self
+
+    def _open(self, **options: Any) -> aiohttp.ClientSession:
         traces = aiohttp.TraceConfig()
         traces.on_connection_reuseconn.append(_mark_reused)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=5, ssl=self._tls, **reuse),
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=5, ssl=self._tls, **options),
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._settings.connect_timeout),
             auto_decompress=False,
             trace_configs=[traces],
         )
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
+        for session in (self._session, self._fresh):
+            if session is not None:
+                await session.close()
 
     def headers(self, received: Mapping[str, str], peer: str, request_id: str) -> CIMultiDict[str]:
         """What a replica is sent: the client's headers without those that are not for it, and the router's own."""
@@ -87,37 +92,59 @@ class Upstream:
         return headers
 
     async def post(
-        self, replica: Replica, path: str, content: bytes, headers: CIMultiDict[str], reused: SimpleNamespace
+        self, replica: Replica, path: str, content: bytes, headers: CIMultiDict[str]
     ) -> aiohttp.ClientResponse:
         """Send a request; the answer as soon as its headers are there, to be closed by the caller.
 
+        A replica may close a kept connection in the moment in which it is used again. Who cannot know whether the
+        request or that moment broke it sends the request once more, on a connection of its own.
+
         Args:
             path: with the query, encoded.
-            reused: gets an attribute ``reused`` if the connection has been used before.
         """
         # aiohttp sends bytes in one piece, and warns of that for large ones.
-        data = content if len(content) < _ONE_PIECE else io.BytesIO(content)
-        return await self._request("POST", replica, path, headers, trace_request_ctx=reused, data=data)
+        large, kept = len(content) >= _ONE_PIECE, SimpleNamespace(reused=False)
+        try:
+            return await self._request(
+                self._session,
+                "POST",
+                replica,
+                path,
+                headers,
+                data=io.BytesIO(content) if large else content,
+                trace_request_ctx=kept,
+            )
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if not kept.reused:
+                raise
+        data = io.BytesIO(content) if large else content
+        return await self._request(self._fresh, "POST", replica, path, headers, data=data)
 
     async def get(self, replica: Replica, path: str, timeout: float) -> tuple[int, bytes]:
         """Status and body, of at most 16 MiB. Raises aiohttp's errors, OSError and TimeoutError."""
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=self._settings.connect_timeout)
-        answer = await self._request("GET", replica, path, CIMultiDict(self._own), timeout=limit)
+        answer = await self._request(self._session, "GET", replica, path, CIMultiDict(self._own), timeout=limit)
         try:
             return answer.status, await read_most(answer, 1 << 24)
         finally:
             answer.close() if not answer.content.at_eof() else answer.release()
 
     async def _request(
-        self, method: str, replica: Replica, path: str, headers: CIMultiDict[str], **options: Any
+        self,
+        session: aiohttp.ClientSession | None,
+        method: str,
+        replica: Replica,
+        path: str,
+        headers: CIMultiDict[str],
+        **options: Any,
     ) -> aiohttp.ClientResponse:
-        assert self._session is not None
+        assert session is not None
         url = URL(replica.target.url + path, encoded=True)
         if host := replica.target.host:
             headers = CIMultiDict(headers)
             headers["Host"] = host if url.is_default_port() else f"{host}:{url.port}"
             options["server_hostname"] = host
-        return await self._session.request(method, url, headers=headers, allow_redirects=False, **options)
+        return await session.request(method, url, headers=headers, allow_redirects=False, **options)
 
 
 async def read_most(answer: aiohttp.ClientResponse, most: int) -> bytes:
