@@ -56,9 +56,11 @@ def settings_of(args: argparse.Namespace) -> tuple[Setting, list[Work]]:
         model=str(model),
         dtype=args.dtype,
         threads=args.threads,
-        max_num_seqs=args.max_num_seqs,
+        # The engine without a server is given all requests at once: it must not run more of them than the servers get.
+        max_num_seqs=min(args.max_num_seqs, args.concurrency),
         max_model_len=min(longest + most + 8, config["max_position_embeddings"]),
         prefix_caching=args.command == "load-test",
+        start_timeout=args.start_timeout,
         kv_cache_memory=getattr(args, "kv_cache_memory", None),
     )
     vocab = config["vocab_size"]
@@ -296,6 +298,7 @@ def main() -> int:
     common.add_argument("--threads", type=int, default=2)
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--timeout", type=float, default=600.0, help="seconds that one stream may take")
+    common.add_argument("--start-timeout", type=float, default=600.0, help="seconds that a contender may take to start")
     common.add_argument("--serve-option", action="append", default=[], help="one more for lightvllm serve, with =")
     common.add_argument("--json", type=Path)
     common.add_argument("--debug", action="store_true", help="show what the offline engine prints")

@@ -21,7 +21,6 @@ from typing import Any, Self
 import psutil
 from serve_load import BIAS, Work
 
-_START_SECONDS = 300.0
 _END_SECONDS = 60.0
 _OFFLINE_SECONDS = 3600.0  # for one list of requests
 
@@ -48,6 +47,7 @@ class Setting:
     max_num_seqs: int
     max_model_len: int
     prefix_caching: bool
+    start_timeout: float  # seconds
     kv_cache_memory: str | None = None  # per worker; None leaves it to the engine. Not for vLLM
 
 
@@ -71,6 +71,7 @@ class Server:
     def __init__(self, command: list[str], setting: Setting, extra: Mapping[str, str] | None = None) -> None:
         self.model = setting.model
         self.url = ""
+        self._start_timeout = setting.start_timeout
         self._log = tempfile.NamedTemporaryFile(prefix=f"serve-{self.name}-", suffix=".log", delete=False)  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
@@ -91,7 +92,7 @@ class Server:
 
     def __enter__(self) -> Self:
         try:
-            until = time.monotonic() + _START_SECONDS
+            until = time.monotonic() + self._start_timeout
             while not (self.url and self._ready()):
                 if self._process.poll() is not None or time.monotonic() > until:
                     raise ContenderFailed(
@@ -186,6 +187,7 @@ class Offline:
     name = "offline"
 
     def __init__(self, setting: Setting, debug: bool = False) -> None:
+        self._start_timeout = setting.start_timeout
         given = json.dumps(setting.__dict__)
         self._process = subprocess.Popen(
             [sys.executable, __file__, given],
@@ -198,7 +200,7 @@ class Offline:
 
     def __enter__(self) -> Self:
         try:
-            self._answer(_START_SECONDS)
+            self._answer(self._start_timeout)
         except BaseException:
             self.__exit__()
             raise
