@@ -463,6 +463,31 @@ def test_a_client_that_leaves_while_it_waits_frees_its_blocks(model: ServedModel
     assert model.engine.stats.total_generation_tokens - aborted < 900 * 4 * len(prompts)
 
 
+def test_embeddings_of_a_model_that_makes_them(tmp_path: Path) -> None:
+    folder = tiny_llama.build(tmp_path)
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}), encoding="utf-8")
+    texts = ["Paris", "Rome is the capital", "Paris"]
+    with LLM(folder, num_kv_blocks=64) as llm:
+        wanted = [output.embedding for output in llm.embed(texts, use_tqdm=False)]
+    with serve(folder, num_kv_blocks=64) as served:
+        packed = served.client.embeddings.create(model="tiny", input=texts)  # the client asks for base64
+        plain = served.client.embeddings.create(model="tiny", input=texts, encoding_format="float", dimensions=32)
+        for answer in (packed, plain):
+            assert [one.index for one in answer.data] == [0, 1, 2]
+            for one, vector in zip(answer.data, wanted, strict=True):
+                assert one.embedding == pytest.approx(vector, abs=1e-5)
+            assert answer.usage.prompt_tokens == answer.usage.total_tokens > 3
+        with pytest.raises(openai.BadRequestError, match="generates no text"):
+            served.client.completions.create(model="tiny", prompt="x")
+        served.wait_idle()
+
+
 def test_tokens_of_texts_and_conversations(model: ServedModel) -> None:
     def post(path: str, **body: Any) -> Any:
         answer = httpx.post(model.url + path, json=body)

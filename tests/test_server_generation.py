@@ -270,12 +270,24 @@ def test_embeddings(tokenizer: Tokenizer) -> None:
     for request, param in (
         (embedding("a", dimensions=3), "dimensions"),
         (embedding([[5], [265]]), "input"),
-        (embedding([5] * 600), "input"),
+        (embedding([5] * 513), "input"),
     ):
         with pytest.raises(ApiError) as seen:
             run(create_embedding(engine, request, SETTINGS))
         assert (seen.value.status, seen.value.param) == (400, param)
+    assert run(create_embedding(engine, embedding([5] * 512), SETTINGS)).usage.prompt_tokens == 512
     assert engine.running == 0
+
+
+def test_embeddings_have_a_limit_of_time(tokenizer: Tokenizer) -> None:
+    class Stuck(Engine):
+        async def embed(self, prompt: Any, request_id: str | None = None, *, priority: int = 0) -> EmbeddingOutput:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    with pytest.raises(ApiError, match=r"not finished within 0\.01 s") as seen:
+        run(create_embedding(Stuck(tokenizer, []), embedding(["a", "b"]), ServerSettings(request_timeout=0.01)))
+    assert seen.value.status == 408
 
 
 def test_what_is_long_is_made_ready_aside(tokenizer: Tokenizer) -> None:

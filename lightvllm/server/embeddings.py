@@ -12,7 +12,7 @@ from lightvllm.engine.outputs import EmbeddingOutput
 from lightvllm.engine.protocol import EngineClient
 from lightvllm.errors import ConfigError
 from lightvllm.server.errors import ApiError
-from lightvllm.server.params import answer_head, blamed, check_length, check_model, encode
+from lightvllm.server.params import answer_head, blamed, check_length, check_model, encode, timed_out
 from lightvllm.server.protocol import EmbeddingRequest, EmbeddingResponse
 from lightvllm.server.settings import ServerSettings
 
@@ -37,7 +37,13 @@ async def create_embedding(
         )
     prompts = await _prompts(engine, request)
     engine_id = answer_head("embd", model, engine, request_id).engine_id
-    outputs = await _run(engine, request, prompts, engine_id)
+    try:
+        async with asyncio.timeout(settings.request_timeout) as limit:
+            outputs = await _run(engine, request, prompts, engine_id)
+    except TimeoutError:
+        if not limit.expired():  # it is the engine's
+            raise
+        raise timed_out(settings.request_timeout) from None
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     return EmbeddingResponse.model_validate(
         {
@@ -58,8 +64,8 @@ async def _prompts(engine: EngineClient, request: EmbeddingRequest) -> list[Toke
     prompts: list[TokensPrompt] = []
     for number, one in enumerate(given if several else [given]):
         param = f"input[{number}]" if several else "input"
-        ids = await encode(engine, one, True, param) if isinstance(one, str) else one
-        check_length(ids, engine, param)
+        ids = await encode(engine, one, True, param, to_fit=True) if isinstance(one, str) else one
+        check_length(ids, engine, param, room=0)
         prompts.append({"prompt_token_ids": ids})
     return prompts
 

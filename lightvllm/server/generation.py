@@ -19,7 +19,7 @@ from lightvllm.engine.protocol import EngineClient, OutputKind
 from lightvllm.errors import ConfigError
 from lightvllm.sampling_params import SamplingParams
 from lightvllm.server.errors import ApiError
-from lightvllm.server.params import blamed
+from lightvllm.server.params import blamed, timed_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,14 +120,7 @@ async def _several(engine: EngineClient, job: Job, kind: OutputKind) -> AsyncGen
 def _check_end(completion: CompletionOutput, job: Job) -> None:
     """Some ends are no answers."""
     if completion.finish_reason == "timeout":
-        raise ApiError(
-            408,
-            f"the request was not finished within {job.timeout:g} s; ask for fewer tokens or a longer timeout"
-            if job.timeout is not None
-            else "the request was not finished in time",
-            type="timeout_error",
-            code="timeout",
-        )
+        raise timed_out(job.timeout)
     if completion.finish_reason == "error":  # what the request asks for leaves no token to choose
         raise ApiError(400, str(completion.stop_reason), param=job.form, code="no_token")
     if completion.finish_reason == "abort":

@@ -89,9 +89,24 @@ def check_generates(engine: EngineClient) -> None:
         raise ApiError(400, f"{engine.info.model} generates no text; use /v1/embeddings", param="model")
 
 
-async def encode(engine: EngineClient, text: str, add_special_tokens: bool, param: str) -> list[int]:
-    """Token ids of ``text``; ``param`` is where it stood in the request."""
+async def encode(
+    engine: EngineClient, text: str, add_special_tokens: bool, param: str, *, to_fit: bool = False
+) -> list[int]:
+    """Token ids of ``text``; ``param`` is where it stood in the request.
+
+    With ``to_fit``, text that is too long for the context however it is tokenized is refused at once: to tokenize a
+    megabyte takes seconds.
+    """
     await asyncio.sleep(0)  # between the texts of one request, others have their turn
+    limit = engine.info.config.model.max_model_len
+    if to_fit and len(text) >= LONG_TEXT and len(text) > limit * (engine.tokenizer.longest_token or len(text)):
+        raise ApiError(
+            400,
+            f"this model's context is {limit} tokens, in which the prompt's {len(text)} characters cannot fit; "
+            "shorten it",
+            param=param,
+            code="context_length_exceeded",
+        )
     try:
         if len(text) < LONG_TEXT:
             return engine.tokenizer.encode(text, add_special_tokens)
@@ -110,16 +125,16 @@ def fit(token_ids: list[int], engine: EngineClient, request: GenerationRequest, 
     return token_ids
 
 
-def check_length(token_ids: list[int], engine: EngineClient, param: str) -> None:
-    """Not empty, and with room for one more token; raises ApiError 400."""
-    limit = engine.info.config.model.max_model_len
+def check_length(token_ids: list[int], engine: EngineClient, param: str, room: int = 1) -> None:
+    """Not empty, and with ``room`` for so many more tokens; raises ApiError 400."""
+    context = engine.info.config.model.max_model_len
     if not token_ids:
         raise ApiError(400, "the prompt is empty; give at least one token", param=param)
-    if len(token_ids) >= limit:
+    if len(token_ids) > context - room:
         raise ApiError(
             400,
-            f"this model's context is {limit} tokens, and the prompt alone has {len(token_ids)}; shorten it to "
-            f"{limit - 1} or less",
+            f"this model's context is {context} tokens, and the prompt alone has {len(token_ids)}; shorten it to "
+            f"{context - room} or less",
             param=param,
             code="context_length_exceeded",
         )
@@ -237,6 +252,17 @@ def time_limit(request: GenerationRequest, settings: ServerSettings) -> float | 
     """Seconds: the request's ``timeout``, but not more than the server's."""
     limits = [limit for limit in (request.timeout, settings.request_timeout) if limit is not None]
     return min(limits, default=None)
+
+
+def timed_out(seconds: float | None) -> ApiError:
+    """What a request is told that was not finished within ``seconds``."""
+    within = "in time" if seconds is None else f"within {seconds:g} s"
+    return ApiError(
+        408,
+        f"the request was not finished {within}; ask for less, or for a longer timeout",
+        type="timeout_error",
+        code="timeout",
+    )
 
 
 def blamed(error: ConfigError, request: BaseModel, default: str | None = None) -> ApiError:
