@@ -415,8 +415,8 @@ async def test_cancelling_at_any_stage(make: Make) -> None:
 @pytest.mark.asyncio
 async def test_a_request_is_ended_in_time_whether_it_runs_or_waits(make: Make) -> None:
     engine = await make(max_num_seqs=1, env=SLOW)
-    runs = asyncio.ensure_future(collect(engine.generate("hello", params(max_tokens=200), timeout=0.5)))
-    waits = asyncio.ensure_future(collect(engine.generate("hello", params(max_tokens=200), timeout=0.2)))
+    runs = asyncio.ensure_future(collect(engine.generate("hello", params(max_tokens=200), timeout=1.5)))
+    waits = asyncio.ensure_future(collect(engine.generate("hello", params(max_tokens=200), timeout=0.3)))
     (*_, waited), (*_, ran) = await waits, await runs
     assert (waited.outputs[0].finish_reason, waited.outputs[0].token_ids) == ("timeout", [])
     assert ran.outputs[0].finish_reason == "timeout"
