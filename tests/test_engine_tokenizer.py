@@ -48,6 +48,23 @@ def test_it_agrees_with_transformers(kind: str, request: pytest.FixtureRequest) 
             assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.parametrize("kind", ["level", "fallback"])
+def test_no_token_stands_for_more_than_the_longest(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = Tokenizer.from_dir(request.getfixturevalue(kind))
+    assert tokenizer.longest_token is not None
+    for text in [*TEXTS, "<|end|>" * 100, "\n" * 1000, "\U0010ffff" * 50]:
+        assert len(text) <= tokenizer.longest_token * len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def test_an_unknown_token_may_stand_for_any_number_of_characters(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import models
+
+    fast = FastTokenizer(models.WordLevel({"hello": 0, "<unk>": 1}, unk_token="<unk>"))
+    fast.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_dir(tmp_path).longest_token is None
+
+
 def test_bos_is_added_where_the_post_processor_does(level: Path, fallback: Path) -> None:
     with_bos, without = Tokenizer.from_dir(fallback), Tokenizer.from_dir(level)
     assert with_bos.encode("hello")[0] == 1

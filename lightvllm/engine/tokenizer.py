@@ -39,6 +39,7 @@ class Tokenizer:
         special_token_ids: what ``skip_special_tokens`` leaves out.
         byte_token_ids: ``<0x00>`` to ``<0xFF>`` of a byte-fallback vocabulary, otherwise empty.
         chat_template: the Jinja source, or None.
+        longest_token: a token stands for at most so many characters; None where an unknown token stands for any number.
     """
 
     def __init__(self, fast: FastTokenizer, special_tokens: Mapping[str, str], chat_template: str | None) -> None:
@@ -51,6 +52,8 @@ class Tokenizer:
         vocab = fast.get_vocab(with_added_tokens=True)
         self.token_ids = frozenset(vocab.values())
         self.byte_token_ids = frozenset(i for token, i in vocab.items() if _BYTE_TOKEN.fullmatch(token))
+        # As the vocabulary writes them, which is no shorter than their text.
+        self.longest_token = max(map(len, vocab)) if _spells_all(fast) else None
         self._added = {i: token.content for i, token in added.items()}
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}
@@ -248,6 +251,12 @@ def _check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if not ("content" in message or "tool_calls" in message):
             raise ConfigError(f"message {number} has no content; expected {{'role': …, 'content': …}}")
     return [dict(m) for m in messages]
+
+
+def _spells_all(fast: FastTokenizer) -> bool:
+    """Whether text that is in no token is spelled in bytes."""
+    model = fast.model
+    return type(model).__name__ == "BPE" and (model.byte_fallback or model.unk_token is None)
 
 
 def compile_chat_template(source: str) -> jinja2.Template:

@@ -69,7 +69,8 @@ async def chat_prompt(
         text = prompt_text(request, engine, settings, use)
     else:
         text = await asyncio.to_thread(prompt_text, request, engine, settings, use)
-    ids = await encode(engine, text, bool(request.add_special_tokens), "messages")
+    to_fit = request.truncate_prompt_tokens is None
+    ids = await encode(engine, text, bool(request.add_special_tokens), "messages", to_fit=to_fit)
     return {"prompt_token_ids": fit(ids, engine, request, "messages"), "prompt": text}
 
 

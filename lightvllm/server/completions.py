@@ -105,12 +105,12 @@ async def _prepare(
 async def _prompts(engine: EngineClient, request: CompletionRequest) -> list[TokensPrompt]:
     given: Any = request.prompt
     several = isinstance(given, list) and not isinstance(given[0], int)
-    special = request.add_special_tokens is not False
+    special, to_fit = request.add_special_tokens is not False, request.truncate_prompt_tokens is None
     prompts: list[TokensPrompt] = []
     for number, prompt in enumerate(given if several else [given]):
         param = f"prompt[{number}]" if several else "prompt"
         if isinstance(prompt, str):
-            ids = fit(await encode(engine, prompt, special, param), engine, request, param)
+            ids = fit(await encode(engine, prompt, special, param, to_fit=to_fit), engine, request, param)
             prompts.append({"prompt_token_ids": ids, "prompt": prompt})
         else:
             prompts.append({"prompt_token_ids": fit(prompt, engine, request, param)})

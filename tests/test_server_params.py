@@ -1,0 +1,51 @@
+"""Text on its way to the engine: what cannot fit is refused before it is tokenized."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from scripted_client import ScriptedClient
+
+from lightvllm.server.errors import ApiError
+from lightvllm.server.params import encode
+
+
+class Counting:
+    """A token per four characters; counts how much it has been given."""
+
+    longest_token: int | None = 4
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        self.seen += len(text)
+        return [1] * (len(text) // 4)
+
+
+class Client(ScriptedClient):
+    tokenizer: Any = None
+
+
+@pytest.fixture
+def client() -> Client:
+    client = Client()  # a context of 512 tokens
+    client.tokenizer = Counting()
+    return client
+
+
+def test_what_cannot_fit_is_not_tokenized(client):
+    with pytest.raises(ApiError, match="512 tokens, in which the prompt's 1000000 characters cannot fit") as refused:
+        asyncio.run(encode(client, "x" * 1_000_000, True, "prompt", to_fit=True))
+    assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
+    assert refused.value.param == "prompt"
+    assert client.tokenizer.seen == 0
+
+
+@pytest.mark.parametrize(("length", "to_fit", "longest"), [(2048, True, 4), (10**6, False, 4), (10**6, True, None)])
+def test_what_may_fit_is(client, length, to_fit, longest):
+    client.tokenizer.longest_token = longest
+    assert len(asyncio.run(encode(client, "x" * length, True, "prompt", to_fit=to_fit))) == length // 4
+    assert client.tokenizer.seen == length
