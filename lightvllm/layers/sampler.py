@@ -69,6 +69,12 @@ class SamplingState:
         return penalties or p.logit_bias is not None
 
     @property
+    def leaves_logits(self) -> bool:
+        """Whether logits are neither changed nor masked now."""
+        limited = self.constraint is not None or self.params.allowed_token_ids is not None
+        return not (limited or self.moves_logits or self.masked_until_min_tokens or self.ends_of_bad_words)
+
+    @property
     def masked_until_min_tokens(self) -> list[int]:
         return self.stop_token_ids if self.output_index < self.params.min_tokens else []
 
@@ -103,14 +109,11 @@ def sample(logits: Tensor, rows: Sequence[SamplingState]) -> tuple[list[int], li
     best, token_ids = _maxima(logits)
     if not all(map(math.isfinite, best)):
         raise LightvllmError("the model's logits are not finite; check the weights, or use dtype float32 or bfloat16")
-    for i, state in enumerate(rows):
-        masked, ends = state.masked_until_min_tokens, state.ends_of_bad_words
-        limited = state.constraint is not None or state.params.allowed_token_ids is not None
-        if state.params.greedy and not (masked or ends or limited or state.moves_logits):
-            continue
-        raw: Floats = logits[i].cpu().numpy()
+    looked_at = [i for i, state in enumerate(rows) if not (state.params.greedy and state.leaves_logits)]
+    for i, raw in zip(looked_at, _on_host(logits, looked_at), strict=True):
+        state = rows[i]
         try:
-            adjusted, ids = _adjust(raw, state, masked, ends)
+            adjusted, ids = _adjust(raw, state)
         except LightvllmError as error:
             state.error = str(error)
             continue
@@ -120,6 +123,16 @@ def sample(logits: Tensor, rows: Sequence[SamplingState]) -> tuple[list[int], li
             place = draw(adjusted, state.params, uniform(state.seed, state.output_index))
         token_ids[i] = place if ids is None else int(ids[place])
     return token_ids, _logprobs_where_asked(logits, token_ids, rows)
+
+
+def _on_host(logits: Tensor, looked_at: list[int]) -> Iterable[Floats]:
+    """These rows as arrays; brought from a device at once."""
+    if not looked_at:
+        return ()
+    if logits.device.type == "cpu":
+        host: Floats = logits.numpy()
+        return (host[i] for i in looked_at)
+    return list(logits[looked_at].cpu().numpy())
 
 
 def _logprobs_where_asked(
@@ -201,9 +214,9 @@ def _largest(values: Floats, count: int) -> Floats:
     return np.sort(values)[::-1]
 
 
-def _adjust(raw: Floats, state: SamplingState, masked: list[int], ends: list[int]) -> tuple[Floats, Ids | None]:
+def _adjust(raw: Floats, state: SamplingState) -> tuple[Floats, Ids | None]:
     """Logits after masks, bias and penalties, and the tokens that they are of, ascending; None for the vocabulary."""
-    params, ids = state.params, None
+    params, ids, ends = state.params, None, state.ends_of_bad_words
     if state.constraint is not None:
         ids = state.constraint.allowed(state.token_ids[state.prompt_len :], len(raw))
     if params.allowed_token_ids is not None:
@@ -212,7 +225,7 @@ def _adjust(raw: Floats, state: SamplingState, masked: list[int], ends: list[int
     adjusted = _moved(raw, state) if state.moves_logits else raw
     if ids is not None:
         adjusted = adjusted[ids]
-    may = _without(adjusted, ids, [*masked, *ends])
+    may = _without(adjusted, ids, [*state.masked_until_min_tokens, *ends])
     if state.constraint is not None and not _any_left(may):
         may = _without(adjusted, ids, ends)
     if not _any_left(may):

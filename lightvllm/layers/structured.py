@@ -40,7 +40,9 @@ class Grammars:
         self._compiler: ThreadPoolExecutor | None = None
 
     def warm_up(self) -> None:
-        """Begin to load the tokenizer, if the model can have structured outputs at all; does not wait for it."""
+        """Begin to load the tokenizer, if the model can have structured outputs at all; does not wait for it.
+
+        An error is raised when a grammar is compiled."""
         if self._model.eos_token_ids:
             # Not in the thread: Python code that is run there while the interpreter ends after Ctrl-C makes it
             # forget that it was interrupted, and its exit status.
