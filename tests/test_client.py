@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from email.utils import formatdate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -407,6 +409,23 @@ def test_of_several_keys_in_the_environment_the_first_is_sent(
 def test_a_batch_for_nobody_fails_as_one() -> None:
     with Client("http://127.0.0.1:9", max_retries=0) as client, pytest.raises(ServerError, match="cannot reach"):
         client.inference_batch(["x"] * 1000, return_exceptions=True)
+
+
+def test_https_with_an_authority_of_ones_own(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="the k8s extra is not installed")
+    from lightvllm.certs import Authority
+
+    authority = Authority.new()
+    issued = authority.issue("server", usage="server", hosts=["127.0.0.1"])
+    for name, pem in (("ca", authority.cert), ("server", issued.cert), ("key", issued.key)):
+        (tmp_path / name).write_bytes(pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server", tmp_path / "key")
+    with FakeOpenAI(context) as server:
+        with Client(server.url, tls_ca=tmp_path / "ca") as client:
+            assert client.inference("x") == "you said x"
+        with Client(server.url, max_retries=0) as client, pytest.raises(ServerError, match=r"(?i)certificate"):
+            client.inference("x")
 
 
 def test_nobody_listens() -> None:
