@@ -115,6 +115,19 @@ async def test_a_child_that_dies_while_it_starts(folder: Path, monkeypatch: pyte
 
 
 @pytest.mark.asyncio
+async def test_a_start_that_is_called_off_before_the_child_has_read_of_it(folder: Path) -> None:
+    """What to start, and that it is to stop, come in one."""
+    start = asyncio.ensure_future(AsyncLLM.create(folder, env={"FAKE_START": "hang"}, shutdown_timeout=50.0, **SMALL))
+    while not (children := psutil.Process().children()):
+        await asyncio.sleep(0)
+    start.cancel()
+    async with asyncio.timeout(20):
+        with pytest.raises(asyncio.CancelledError):
+            await start
+    assert gone(children[0].pid)
+
+
+@pytest.mark.asyncio
 async def test_nothing_is_left_after_many(folder: Path) -> None:
     fds = psutil.Process().num_fds()
     for _ in range(3):
