@@ -51,7 +51,7 @@ class FakeReplica:
         seen: (path, headers, body) of every POST.
         open: POSTs that are being answered; ``left``: those whose client went away before.
         sent: bytes of events.
-        events: of a stream; ``gate`` lets them out one by one if it is set.
+        events: of a stream, or ``answers`` makes them from the body; ``gate`` lets them out one by one if it is set.
     """
 
     def __init__(self, *models: str, mode: str = "stream", name: str = "") -> None:
@@ -62,6 +62,7 @@ class FakeReplica:
         self.seen: list[tuple[str, dict[str, str], bytes]] = []
         self.open = self.left = self.sent = 0
         self.events = [f'data: {{"i": {i}, "from": "{name}"}}\n\n'.encode() for i in range(5)] + [b"data: [DONE]\n\n"]
+        self.answers: Callable[[bytes], list[bytes]] | None = None
         self.gate: asyncio.Semaphore | None = None
         self.port = 0
         self._server: asyncio.Server | None = None
@@ -146,7 +147,7 @@ class FakeReplica:
         match self.mode:
             case "stream" | "reset_mid" | "close_mid" | "stall_mid" | "tear":
                 writer.write(_head(200, "Content-Type: text/event-stream", "Transfer-Encoding: chunked"))
-                for number, event in enumerate(self.events):
+                for number, event in enumerate(self.events if self.answers is None else self.answers(body)):
                     if self.gate is not None:
                         await self.gate.acquire()
                     if number == 2 and self.mode != "stream":

@@ -14,6 +14,8 @@ from fake_replica import FakeReplica, replicas, routing, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lightvllm.router.balance import capacity
+
 BAD = ("disconnect", "reset", "headers_only", "short", "giant_header", "garbage", "429", "502", "503", "refuse")
 
 
@@ -247,16 +249,25 @@ async def test_a_slow_client_slows_its_replica_and_takes_no_memory():
 async def test_a_hundred_streams_at_once_are_complete_in_order_and_not_mixed_up():
     async with replicas("stream", "stream", "stream") as all_, routing(all_) as router:
         await router.healthy(3)
-        for replica in all_:
-            replica.events = [
-                b'data: {"i": %d, "pad": "%b", "from": "%b"}\n\n' % (i, b"p" * (i * 37 % 500), replica.name.encode())
-                for i in range(200)
+
+        def events(body: bytes) -> list[bytes]:
+            who = json.loads(body)["messages"][0]["content"].encode()
+            return [
+                b'data: {"i": %d, "for": "%b", "pad": "%b"}\n\n' % (i, who, b"p" * (i * 37 % 500)) for i in range(200)
             ]
-        wanted = {b"".join(replica.events) for replica in all_}
-        answers = await asyncio.gather(*(ask(router, text=f"client {number}") for number in range(100)))
-        assert {body for _, body in answers} == wanted
-        assert all(status == 200 for status, _ in answers)
-        assert max(len(replica.seen) for replica in all_) <= 1.25 * 100 / 3 + 5, "bounded load"
+
+        for replica in all_:
+            replica.answers, replica.gate = events, asyncio.Semaphore(0)
+        asked = [asyncio.create_task(ask(router, text=f"client {number}")) for number in range(100)]
+        await until(lambda: sum(replica.open for replica in all_) == 100, "all are there")
+        assert max(replica.open for replica in all_) <= capacity(99, 3, 1.25, 4), "bounded load"
+        for replica in all_:
+            gate, replica.gate = replica.gate, None
+            for _ in range(100):
+                gate.release()
+        for number, (status, body) in enumerate(await asyncio.gather(*asked)):
+            own = json.dumps({"messages": [{"content": f"client {number}"}]}).encode()
+            assert (status, body) == (200, b"".join(events(own)))
 
 
 @pytest.mark.asyncio
