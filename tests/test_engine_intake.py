@@ -6,10 +6,53 @@ import math
 from typing import Any
 
 import pytest
+import tiny_tokenizers
 from fake_engine import engine
 from fake_executor import scrambled
 
+from lightvllm.engine.intake import MAX_BAD_WORDS
+from lightvllm.engine.tokenizer import Tokenizer
 from lightvllm.errors import ConfigError
+from lightvllm.messages import NewSequence
+from lightvllm.sampling_params import SamplingParams, StructuredOutputs
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.from_dir(tiny_tokenizers.byte_level(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({"logit_bias": {266: 1.0, 5: 1.0}}, r"logit_bias=\[266\] are not in the vocabulary; use 0 to 265"),
+        ({"allowed_token_ids": [-1, 5, 300]}, r"allowed_token_ids=\[-1, 300\] are not in the vocabulary"),
+        ({"bad_words": ["x"] * (MAX_BAD_WORDS + 1)}, "bad_words has 1025 words; use at most 1024"),
+        (
+            {"structured_outputs": StructuredOutputs(regex="a")},
+            "need the model's tokenizer, and its folder has no tokenizer",
+        ),
+    ],
+)
+def test_bad_parameters_are_refused(tokenizer: Tokenizer, params: dict[str, Any], text: str) -> None:
+    e, _ = engine(scrambled(200), tokenizer)
+    with pytest.raises(ConfigError, match=text):
+        e.add_request("a", [5], SamplingParams(**params))
+    assert not e.has_unfinished_requests()
+
+
+def test_bad_words_need_text() -> None:
+    e, _ = engine(scrambled(200))
+    with pytest.raises(ConfigError, match=r"bad_words=\('x',\) need text, but there is no tokenizer; use logit_bias"):
+        e.add_request("a", [5], SamplingParams(bad_words=["x"]))
+
+
+def test_bad_words_reach_the_workers_with_and_without_a_space(tokenizer: Tokenizer) -> None:
+    e, executor = engine(scrambled(200), tokenizer)
+    e.add_request("a", [5], SamplingParams(bad_words=["hello", " hello", "\n"], max_tokens=2))
+    e.step()
+    new: NewSequence = executor.steps[0].new[0]
+    assert [tokenizer.decode(word) for word in new.bad_words] == ["hello", " hello", "\n", " \n"]
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ def test_what_a_model_must_have(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="need an end-of-sequence token, and the model names none"):
         check_structured(KINDS[0], ModelConfig.from_dir(tmp_path, load_format="dummy"))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"need the model's tokenizer, .* has no tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"need the model's tokenizer, and its folder has no tokenizer\.json"):
         check_structured(KINDS[0], ModelConfig.from_dir(tmp_path, load_format="dummy"))
 
 

@@ -78,9 +78,7 @@ class Intake:
     def params(self, params: Any) -> SamplingParams:
         """The parameters, which fit the model; vLLM's defaults for None. For a model that generates."""
         if self._config.model.pooling is not None:
-            raise ConfigError(
-                f"{self._config.model.path} makes embeddings and generates no text; use embed, or /v1/embeddings"
-            )
+            raise ConfigError("this model makes embeddings and generates no text; use embed, or /v1/embeddings")
         if params is None:
             return SamplingParams()
         if not isinstance(params, SamplingParams):
@@ -99,7 +97,7 @@ class Intake:
         """Raise ConfigError unless the model makes embeddings."""
         if self._config.model.pooling is None:
             raise ConfigError(
-                f"{self._config.model.path} generates text and makes no embeddings; use generate, or a folder with "
+                "this model generates text and makes no embeddings; use generate, or a model whose folder has "
                 "sentence-transformers' modules.json"
             )
 

@@ -51,7 +51,7 @@ def check_structured(structured: StructuredOutputs, model: ModelConfig) -> None:
             "config.json or generation_config.json"
         )
     if not (Path(model.path) / "tokenizer.json").is_file():
-        raise ConfigError(f"structured_outputs need the model's tokenizer, and {model.path} has no tokenizer.json")
+        raise ConfigError("structured_outputs need the model's tokenizer, and its folder has no tokenizer.json")
     problem = _problem(structured, model.path, model.vocab_size, model.eos_token_ids)
     if problem:
         raise ConfigError(problem)
