@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import aiohttp
+import psutil
 import pytest
 import yaml
 from fake_replica import FakeReplica, replicas, until
@@ -105,6 +106,8 @@ async def test_a_signal_lets_requests_finish_and_takes_no_new_ones(number, statu
         replica.gate = asyncio.Semaphore(1)
         with started([*COMMAND, "--backend", f"m={replica.url}", "--port", "0", "--access-log"]) as server:
             url = await url_of(server)
+            files, hard = psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_NOFILE)
+            assert files >= min(65536, hard), "a connection is a file"
             async with client.post(url + "/v1/completions", json={"model": "m"}) as answer:
                 first = await answer.content.readany()
                 server.signal(number)

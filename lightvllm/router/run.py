@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -27,6 +28,7 @@ from lightvllm.router.keys import check_private
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+_FILES = 65536
 _END = 2.0  # seconds in which cancelled requests may say goodbye
 _LINGER = 2.0  # seconds in which the rest of a refused body is read, so that the client can read the refusal
 _LOOK = 0.05
@@ -93,6 +95,7 @@ async def serve(
     router = app[ROUTER]
     # Handlers end on their own or are cancelled below; aiohttp need not wait for them.
     idle = router.settings.connection_timeout
+    _allow_connections()
     runner = web.AppRunner(
         app,
         handler_cancellation=True,
@@ -163,6 +166,14 @@ async def _end(router: Router) -> None:
                 await asyncio.sleep(_LOOK)
     except TimeoutError:
         logger.warning("%d clients did not take their last event", len(router.busy))
+
+
+def _allow_connections() -> None:
+    """Each client and each replica's connection is an open file, of which the usual soft limit allows 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _bind(host: str, port: int) -> socket.socket:
