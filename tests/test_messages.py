@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from typing import Any
 
 import pytest
@@ -141,3 +142,24 @@ def test_a_tensor_that_is_more_than_its_bits_is_left_to_torch() -> None:
     assert isinstance(parameter, torch.nn.Parameter)
     assert leaf.requires_grad
     assert noted.tag == "kept"
+
+
+def test_a_step_s_output_of_some_of_its_sequences() -> None:
+    def rows(*values: float) -> Tensor:
+        return Tensor("float32", [len(values), 1], struct.pack(f"<{len(values)}f", *values))
+
+    found = {seq_id: TokenLogprobs(-1.0, 1, [], []) for seq_id in (7, 8, 9)}
+    output = StepOutput(
+        step=3,
+        seq_ids=[7, 8, 9],
+        token_ids=[70, 80, 90],
+        logprobs=found,
+        errors={7: "a", 8: "b"},
+        logits=rows(1, 2, 3),
+        embeddings=rows(4, 5, 6),
+    )
+    some = output.only([True, False, True])
+    assert (some.step, some.seq_ids, some.token_ids) == (3, [7, 9], [70, 90])
+    assert (some.logprobs, some.errors) == ({7: found[7], 9: found[9]}, {7: "a"})
+    assert (some.logits, some.embeddings) == (rows(1, 3), rows(4, 6))
+    assert output.only([False] * 3).logits == rows()
