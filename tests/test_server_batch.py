@@ -18,6 +18,7 @@ pytest.importorskip("fastapi", reason="the server extra is not installed")
 import tiny_llama
 from waiting import LIMIT, gone, wait_until
 
+from lightvllm.cli.main import main
 from lightvllm.engine.async_llm import AsyncLLM
 from lightvllm.errors import ConfigError, LightvllmError
 from lightvllm.server.batch import Batch
@@ -338,6 +339,7 @@ def few_at_a_time() -> list[str]:
     return ["--max-num-seqs", "2", "--num-kv-blocks", "64", "--threads", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_broken_off_in_the_middle_and_resumed(
     folder: Path,
@@ -379,6 +381,21 @@ def test_a_mistake_is_found_before_a_model_is_loaded(source: Path, target: Path)
     assert status == 1
     assert "custom_id 'a' twice" in said
     assert said.count("\n") == 1
+
+
+def test_options_are_checked_before_a_model_is_loaded(
+    source: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(source, {"a": completion("x")})
+    for options, wrong in (
+        (["--tool-call-parser", "morse"], "tool_call_parser='morse' is not known"),
+        (["--chat-template", str(target)], "cannot read --chat-template"),
+        (["--served-model-name", ""], "--served-model-name is empty"),
+        (["--ray-address", "auto"], "--ray-address is given"),
+    ):
+        assert main(["run-batch", str(source), str(target), "-m", "no-such-model", *options]) == 1
+        assert wrong in capsys.readouterr().err
+    assert not target.exists()
 
 
 def test_a_batch_that_is_done_needs_no_model(folder: Path, source: Path, target: Path) -> None:

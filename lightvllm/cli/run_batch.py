@@ -51,6 +51,9 @@ def run_batch(
     chat_template: Annotated[
         Path | None, typer.Option(help="File with a Jinja chat template.", show_default="the model's")
     ] = None,
+    tool_call_parser: Annotated[
+        str | None, typer.Option(help="How the model writes tool calls.", show_default="by the chat template")
+    ] = None,
     max_concurrency: Annotated[
         int | None,
         typer.Option(
@@ -72,12 +75,16 @@ def run_batch(
         raise MissingExtra(missing.name or "fastapi", "server", "lightvllm run-batch") from None
     from lightvllm.server.batch import Batch
     from lightvllm.server.settings import ServerSettings
+    from lightvllm.server.tools import check_format
 
+    check_format(tool_call_parser)
     engine.refuse_unused([executor])
     names = tuple(served_model_name or [model])
     if not all(names):
         raise ConfigError("--served-model-name is empty; give a name, or leave it out")
-    settings = ServerSettings(served_model_names=names, chat_template=_read(chat_template))
+    settings = ServerSettings(
+        served_model_names=names, chat_template=_read(chat_template), tool_call_parser=tool_call_parser
+    )
     with Batch(source, target, names[0], overwrite=overwrite) as batch:
         if batch.counts.before:
             typer.echo(f"{batch.counts.before} of {batch.counts.total} are answered already", err=True)
