@@ -292,8 +292,9 @@ def test_embeddings_have_a_limit_of_time(tokenizer: Tokenizer) -> None:
 
 def test_what_is_long_is_made_ready_aside(tokenizer: Tokenizer) -> None:
     engine = Engine(tokenizer, [[piece(0, "a", 1, "stop")]])
-    with pytest.raises(ApiError, match="the prompt alone has 30000"):
-        run(create_completion(engine, completion(prompt="x" * 30_000), SETTINGS))
+    run(create_completion(engine, completion(prompt="x" * 30_000 + "y", truncate_prompt_tokens=100), SETTINGS))
+    kept = engine.calls.pop()["prompt"]["prompt_token_ids"]
+    assert tokenizer.decode(kept) == "x" * 99 + "y"
     one, many = ([{"role": "user", "content": "x"}] * count for count in (1, 80))
     for messages in (one, many):
         run(create_chat_completion(engine, chat(messages=messages, truncate_prompt_tokens=-1), SETTINGS))
