@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 
+import httpx2 as httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from server_process import scripted
 
 from lightvllm.server.rate_limit import Buckets, RateLimiter
 from lightvllm.server.settings import RateLimit
@@ -99,3 +101,26 @@ def test_one_ipv6_network_is_one_client():
     other = TestClient(c.app, client=("2001:db8::ffff:2", 1))
     assert other.get("/v1/x").status_code == 429
     assert TestClient(c.app, client=("2001:db8:0:1::1", 1)).get("/v1/x").status_code == 200
+
+
+@pytest.mark.parametrize(("trusted", "statuses"), [("127.0.0.1", [200, 200, 429]), ("192.0.2.1", [200, 429, 429])])
+def test_who_is_counted_behind_a_proxy(trusted, statuses):
+    """``X-Forwarded-For`` is believed from the proxies that are named, and from nobody else."""
+    settings = {"rate_limit": {"count": 1, "seconds": 3600}}
+    with scripted(server=settings, listen={"forwarded_allow_ips": trusted}) as server:
+        address = server.ready()
+        answers = [
+            httpx.get(f"{address}/v1/stream?n=1", headers={"X-Forwarded-For": client})
+            for client in ("198.51.100.1", "198.51.100.2", "198.51.100.2")
+        ]
+    assert [answer.status_code for answer in answers] == statuses
+
+
+def test_keys_are_counted_apart():
+    settings = {"rate_limit": {"count": 1, "seconds": 3600}, "api_keys": ["one", "two"]}
+    with scripted(server=settings) as server:
+        address = server.ready()
+        keys = ("one", "two", "one", "wrong")
+        answers = [httpx.get(f"{address}/v1/stream?n=1", headers={"Authorization": f"Bearer {key}"}) for key in keys]
+    assert [answer.status_code for answer in answers] == [200, 200, 429, 401]
+    assert answers[2].headers["retry-after"] == "3600"
