@@ -510,6 +510,13 @@ def test_questions_that_are_none(
     assert server.requests == []
 
 
+@pytest.mark.parametrize("prompts", ["text", [{"role": "user", "content": "text"}]])
+def test_one_prompt_is_no_batch(server: FakeOpenAI, client: Client, prompts: Any) -> None:
+    with pytest.raises(ConfigError, match=r"expected a list of prompts|expected text, or a list of messages"):
+        client.inference_batch(prompts)
+    assert server.requests == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

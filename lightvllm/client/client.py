@@ -170,7 +170,7 @@ class Client:
         The first prompt that fails ends the batch: the others are cancelled, and its error is raised, with a note that
         says which it was. With ``return_exceptions`` its error stands in its place instead, and the others go on.
         """
-        bodies = [chat.question(prompt, system, structured_output, sampling) for prompt in prompts]
+        bodies = _bodies(prompts, system, structured_output, sampling)
         return self._background.call(self._core.many(bodies, structured_output, return_exceptions))
 
     @overload
@@ -213,7 +213,7 @@ class Client:
         **sampling: Any,
     ) -> Any:
         """``inference_batch``, awaited."""
-        bodies = [chat.question(prompt, system, structured_output, sampling) for prompt in prompts]
+        bodies = _bodies(prompts, system, structured_output, sampling)
         return await self._background.acall(self._core.many(bodies, structured_output, return_exceptions))
 
     # ------------------------------------------------------------------------------------------------------ streams
@@ -232,7 +232,7 @@ class Client:
         With ``structured_output`` the last item of a prompt is its instance. Errors are as with ``inference_batch``.
         Closing the generator ends the requests, at the server too. A prompt alone is a list of one.
         """
-        bodies = [chat.question(prompt, system, structured_output, sampling) for prompt in prompts]
+        bodies = _bodies(prompts, system, structured_output, sampling)
         return self._background.iterate(self._streams(bodies, structured_output, return_exceptions))
 
     def a_streaming_batch(
@@ -245,7 +245,7 @@ class Client:
         **sampling: Any,
     ) -> AsyncGenerator[tuple[int, str | Model | LightvllmError], None]:
         """``streaming_batch`` for ``async for``."""
-        bodies = [chat.question(prompt, system, structured_output, sampling) for prompt in prompts]
+        bodies = _bodies(prompts, system, structured_output, sampling)
         return self._background.aiterate(self._streams(bodies, structured_output, return_exceptions))
 
     def _streams(
@@ -275,6 +275,14 @@ class Client:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
+
+
+def _bodies(
+    prompts: Iterable[Prompt], system: str | None, structured_output: Form | None, sampling: dict[str, Any]
+) -> list[dict[str, Any]]:
+    if isinstance(prompts, str):
+        raise ConfigError(f"prompts is the text {prompts!r:.80}; expected a list of prompts")
+    return [chat.question(prompt, system, structured_output, sampling) for prompt in prompts]
 
 
 class _Core:
