@@ -199,7 +199,7 @@ def test_a_long_or_intricate_grammar_is_compiled_apart(model: ModelConfig, monke
 
 
 def test_a_compiler_that_breaks_is_a_refusal(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "sys", type("sys", (), {"executable": "/bin/false"}))
+    monkeypatch.setattr(module, "sys", type("sys", (), {"executable": "/bin/false", "path": []}))
     with pytest.raises(ConfigError, match="it cannot be compiled"):
         check_structured(StructuredOutputs(grammar='start: "&" "breaks"'), model)
 

@@ -122,6 +122,7 @@ def _compiled_apart(question: _Question) -> str:
             capture_output=True,
             timeout=WALL_SECONDS,
             check=False,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # it finds what this one does
         )
     except subprocess.TimeoutExpired:
         raise ConfigError(_refusal(structured, f"it was not compiled within {WALL_SECONDS:g} s")) from None
