@@ -165,3 +165,17 @@ def test_idle_connections_do_not_hold_it_up():
         assert client.get(f"{server.ready()}/health").status_code == 200
         server.signal()
         assert server.wait(10) == 130
+
+
+def test_a_body_that_does_not_come_does_not_hold_it_up():
+    with scripted() as server:
+        host = urllib.parse.urlsplit(server.ready())
+        with socket.create_connection((host.hostname, host.port), timeout=20) as connection:
+            connection.sendall(b"POST /v1/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
+            assert httpx.get(f"{server.url}/health").status_code == 200  # the server has seen the connection
+            server.signal()
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert server.wait(10) == 130
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"shutting_down" in answer
+    assert "Traceback" not in server.text

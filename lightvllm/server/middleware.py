@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightvllm import logs
+from lightvllm.errors import Shutdown
 from lightvllm.server.errors import ApiError, as_api_error
 from lightvllm.server.paths import is_open, route_path
 
@@ -77,6 +78,13 @@ class RequestContext:
             if not started:
                 await answer.response()(scope, receive, send_with_id)
             # Otherwise the connection ends in the middle of the answer, by which a client can tell.
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or scope["app"].state.lifecycle.phase != "stopping":
+                raise
+            task.uncancel()  # it was uvicorn, which waits no longer for what is not the engine's
+            if not started:
+                await as_api_error(Shutdown("")).response()(scope, receive, send_with_id)
         finally:
             logs.request_id.reset(token)
 
