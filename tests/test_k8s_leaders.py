@@ -182,3 +182,18 @@ def test_without_an_api_server_it_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "bad").write_text("clusters: 5")
     with pytest.raises(ConfigError, match="no Kubernetes API server"):
         LeaderWatch(print, kubeconfig=tmp_path / "bad")
+
+
+def test_a_server_that_ends_everything_at_once_is_asked_with_pauses(kube, follow):
+    kube.inference("a", model="m")
+    seen = follow(watch_seconds=0, first_pause=0.2)
+    wait_until(lambda: seen.models == ["m"], "listed")
+    before = len(kube.watches)
+    began = time.monotonic()
+    wait_until(lambda: len(kube.watches) >= before + 4, "watched again")
+    assert time.monotonic() - began > 0.15
+    kube.expire(as_status=True)
+    kube.gone_before = 10**9  # every version is too old
+    before, began = len(kube.lists), time.monotonic()
+    wait_until(lambda: len(kube.lists) >= before + 6, "listed again and again")
+    assert time.monotonic() - began > 0.15
