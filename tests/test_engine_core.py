@@ -7,18 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import pytest
 from async_engines import SMALL, write_model
 from fake_core import FakeCoreExecutor
 
 from lightvllm import SamplingParams
+from lightvllm.backends.base import WorkerRef
 from lightvllm.engine.core import EngineCore
 from lightvllm.engine.core_messages import Abort, Add, CheckHealth, Ended, Event, Health, Outputs, Progress, Ready, Stop
 from lightvllm.engine.options import Options
 from lightvllm.engine.tokenizer import Tokenizer
-from lightvllm.errors import ConfigError, Shutdown
+from lightvllm.errors import ConfigError, Shutdown, WorkerDied, WorkerError
 
 LIMIT = 30.0
 E = TypeVar("E", bound=Event)
@@ -110,3 +111,34 @@ def test_time_that_a_request_has_waited_for_the_loop_counts(running: Running) ->
 def test_the_end_is_said_before_the_workers_are_ended(running: Running) -> None:
     running.core.post(Stop())
     assert isinstance(running.next(Ended).failure.error(), Shutdown)
+
+
+def test_an_error_that_came_of_a_peers_death_is_told_as_that_death(running: Running) -> None:
+    executor = running.executor
+    executor.workers.append(WorkerRef("fake-1", "here", pid=1001))
+
+    def fail(*args: object, **kwargs: object) -> NoReturn:
+        raise WorkerError(0, "execute_model", "RuntimeError", "Connection closed by peer")
+
+    def die(callback: Callable[[], None]) -> None:
+        executor._failure = WorkerDied("fake-1", "killed by SIGKILL", 1)
+        threading.Thread(target=callback, daemon=True).start()
+
+    executor.execute_model = fail  # type: ignore[method-assign]
+    executor.register_failure_callback = die  # type: ignore[method-assign]
+    running.add(1)
+    failure = running.next(Ended).failure.error()
+    assert isinstance(failure, WorkerDied)
+    assert failure.rank == 1
+
+
+def test_a_workers_error_of_its_own_stays_one(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightvllm.engine.core.DEATH_SECONDS", 0.01)
+    running.executor.workers.append(WorkerRef("fake-1", "here", pid=1001))
+
+    def fail(*args: object, **kwargs: object) -> NoReturn:
+        raise WorkerError(0, "execute_model", "ValueError", "of its own")
+
+    running.executor.execute_model = fail  # type: ignore[method-assign]
+    running.add(1)
+    assert isinstance(running.next(Ended).failure.error(), WorkerError)

@@ -39,7 +39,7 @@ from lightvllm.engine.engine import LLMEngine, StepExecutor
 from lightvllm.engine.outputs import RequestOutput
 from lightvllm.engine.protocol import RankState
 from lightvllm.engine.tokenizer import Tokenizer
-from lightvllm.errors import LightvllmError, Shutdown
+from lightvllm.errors import LightvllmError, RpcTimeout, Shutdown, WorkerDied, WorkerError
 from lightvllm.messages import WorkerInfo
 
 
@@ -57,6 +57,10 @@ class CoreExecutor(StepExecutor, Protocol):
 
     def check_health(self) -> None: ...
 
+
+DEATH_SECONDS = 2.0
+"""How long a worker's error may wait for the death that it came of: peers of a worker that dies are often heard first,
+with an error of their connection to it."""
 
 _SHORTEST_TIMEOUT = 1e-6
 
@@ -125,7 +129,7 @@ class EngineCore:
             failure: BaseException = Shutdown("the engine has been shut down")
         except BaseException as error:  # noqa: BLE001  said to the front; nobody else is there to be told
             _complain(error)
-            failure = error
+            failure = _cause(error, executor)
         try:
             self._emit(Ended(Failure.of(failure)))
         finally:
@@ -253,6 +257,23 @@ def ended_ranks(ranks: Sequence[RankState], failure: Failure) -> list[RankState]
         else msgspec.structs.replace(state, health="stopped")
         for state in ranks
     ]
+
+
+def _cause(error: BaseException, executor: CoreExecutor) -> BaseException:
+    """The death that ``error`` came of, if one worker's error was heard before another's death; else ``error``."""
+    if not isinstance(error, WorkerError | RpcTimeout) or len(executor.workers) < 2:
+        return error
+    died = threading.Event()
+    executor.register_failure_callback(died.set)
+    if not died.wait(DEATH_SECONDS):
+        return error
+    try:
+        executor.check_health()
+    except WorkerDied as death:
+        return death
+    except LightvllmError:
+        pass
+    return error
 
 
 def _complain(error: BaseException) -> None:
