@@ -10,17 +10,20 @@ from lightvllm.sampling_params import MAX_LOGPROBS
 from lightvllm.server.protocol import (
     INT64,
     NAME,
+    ONE_ERROR,
     AnswerModel,
     FinishReason,
     GenerationRequest,
     PromptLogprobs,
     RequestModel,
     Usage,
+    at_most,
     refused,
     told_apart_by,
 )
 
 MAX_MESSAGES = 16_384
+MAX_METADATA = 16
 MAX_TOOLS = 128
 
 
@@ -43,7 +46,7 @@ def _only_text(content: Any) -> Any:
     return content
 
 
-_Parts = Annotated[list[TextPart], Field(min_length=1)]
+_Parts = Annotated[list[TextPart], Field(min_length=1), ONE_ERROR]
 _TextContent = Annotated[str | _Parts, BeforeValidator(_only_text)]
 
 
@@ -77,10 +80,11 @@ class ToolCallRequest(RequestModel):
 class AssistantMessage(_Message):
     role: Literal["assistant"]
     content: Annotated[
-        str | Annotated[list[TextPart | RefusalPart], Field(min_length=1)] | None, BeforeValidator(_only_text)
+        str | Annotated[list[TextPart | RefusalPart], Field(min_length=1), ONE_ERROR] | None,
+        BeforeValidator(_only_text),
     ] = None
     refusal: str | None = None
-    tool_calls: list[ToolCallRequest] | None = None
+    tool_calls: Annotated[list[ToolCallRequest], ONE_ERROR] | None = None
     audio: refused("this server takes text only") = None  # type: ignore[valid-type]
     function_call: refused("use tool_calls in place of function_call") = None  # type: ignore[valid-type]
 
@@ -136,20 +140,22 @@ ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
 
 
 class ChatCompletionRequest(GenerationRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), ONE_ERROR]
     max_completion_tokens: int | None = Field(None, ge=1, le=INT64, description="Default: the rest of the context.")
     max_tokens: int | None = Field(None, ge=1, le=INT64, description="The older name of max_completion_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Needs logprobs=true.")
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), ONE_ERROR] | None = None
     tool_choice: ToolChoice | None = Field(None, description='Default "auto" if there are tools.')
     parallel_tool_calls: bool | None = Field(None, description="Default true.")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         None, description="For the chat template; an error if that does not know it."
     )
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1), ONE_ERROR] | None = None
     store: Literal[False] | None = Field(None, description="Nothing is stored.")
-    metadata: dict[str, str] | None = Field(None, description="Has no effect.")
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)] | None = Field(
+        None, description="Has no effect."
+    )
     prediction: dict[str, Any] | None = Field(None, description="Has no effect.")
     prompt_cache_key: str | None = Field(None, description="Has no effect.")
     prompt_cache_options: dict[str, Any] | None = Field(None, description="Has no effect.")
@@ -167,7 +173,9 @@ class ChatCompletionRequest(GenerationRequest):
     continue_final_message: bool | None = Field(None, description="Go on where the last message ends.")
     add_special_tokens: bool | None = Field(None, description="Default false: the template writes its own.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="More names for the chat template.")
-    documents: list[dict[str, Any]] | None = Field(None, description="For templates that know documents.")
+    documents: Annotated[list[dict[str, Any]], ONE_ERROR] | None = Field(
+        None, description="For templates that know documents."
+    )
 
 
 class FunctionCall(AnswerModel):

@@ -191,7 +191,7 @@ def _from_http(error: HTTPException) -> ApiError:
 
 def _invalid(errors: Sequence[Any]) -> ApiError:
     """From pydantic's list of errors: names the first field that is wrong, tells the first few."""
-    told: list[str] = []
+    told: dict[str, None] = {}  # in order, each line once
     first: str | None = None
     for error in errors:
         param = _param(error["loc"])
@@ -206,11 +206,10 @@ def _invalid(errors: Sequence[Any]) -> ApiError:
         value = error.get("input")
         if isinstance(value, bool | int | float | str) and error["type"] not in ("missing", "value_error"):
             line += f" (got {_short(value)})"
-        if line not in told:
-            told.append(line)
+        told[line] = None
         first = first or param or None
     more = len(told) - MAX_REPORTED_ERRORS
-    message = "; ".join(told[:MAX_REPORTED_ERRORS]) + (f"; and {more} more" if more > 0 else "")
+    message = "; ".join(list(told)[:MAX_REPORTED_ERRORS]) + (f"; and {more} more" if more > 0 else "")
     missing = bool(errors) and errors[0]["type"] == "missing"
     return ApiError(
         400, message or "the request is invalid", param=first, code="missing_required_parameter" if missing else None

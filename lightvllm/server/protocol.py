@@ -21,6 +21,7 @@ from pydantic import (
     StringConstraints,
     Tag,
     WithJsonSchema,
+    model_validator,
 )
 
 from lightvllm.engine.intake import MAX_PRIORITY
@@ -31,12 +32,30 @@ MAX_CHOICES = 128
 MAX_PROMPTS = 2048
 MAX_STOPS = 64
 MAX_LOGIT_BIAS_TOKENS = 4096
+MAX_FIELDS = 256
+"""Of one object of a request. Each unknown one is an error by itself, and a body has room for millions."""
+
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 TokenId = Annotated[int, Field(ge=0, le=INT64)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+ONE_ERROR: Any = Field(fail_fast=True)
+"""Of a list: the first wrong item is told and ends it. Otherwise a body of millions of wrong ones makes as many errors,
+a kilobyte each."""
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1), ONE_ERROR]
 Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Of a mapping: told before its items are looked at, each of which may be wrong."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"{len(value)} entries are given; the most allowed are {count}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def refused(advice: str) -> Any:
@@ -72,6 +91,13 @@ class RequestModel(BaseModel):
     """Of a request: nothing unknown, nothing coerced, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"an object has {len(value)} fields; the most allowed are {MAX_FIELDS}")
+        return value
 
 
 class AnswerModel(BaseModel):
@@ -123,7 +149,7 @@ class StructuredOutputsRequest(RequestModel):
 
     json_: str | dict[str, Any] | None = Field(None, alias="json")
     regex: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    choice: Annotated[list[Text], Field(min_length=1), ONE_ERROR] | None = None
     grammar: Text | None = None
     json_object: bool | None = None
 
@@ -135,7 +161,7 @@ class GenerationRequest(RequestModel):
     temperature: float | None = Field(None, ge=0, le=2, description="Default 1; below 0.00001 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS), ONE_ERROR] | None = None
     seed: int | None = Field(None, ge=-INT64 - 1, le=INT64)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -143,6 +169,7 @@ class GenerationRequest(RequestModel):
         Annotated[
             dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}$")], Annotated[float, Field(ge=-100, le=100)]],
             Field(max_length=MAX_LOGIT_BIAS_TOKENS),
+            at_most(MAX_LOGIT_BIAS_TOKENS),
         ]
         | None
     ) = Field(None, description="By token id.")
@@ -155,9 +182,9 @@ class GenerationRequest(RequestModel):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     min_tokens: int | None = Field(None, ge=0, le=INT64)
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], ONE_ERROR] | None = None
     allowed_token_ids: TokenIds | None = None
-    bad_words: list[Text] | None = None
+    bad_words: Annotated[list[Text], ONE_ERROR] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = Field(None, description="Default true.")
@@ -168,7 +195,7 @@ class GenerationRequest(RequestModel):
     structured_outputs: StructuredOutputsRequest | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: Text | None = None
-    guided_choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1), ONE_ERROR] | None = None
     guided_grammar: Text | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Lower goes first; default 0.")
     timeout: float | None = Field(None, gt=0, description="Seconds; after them the request fails with status 408.")
@@ -187,9 +214,9 @@ class GenerationRequest(RequestModel):
 class CompletionRequest(GenerationRequest):
     prompt: (
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), ONE_ERROR]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), ONE_ERROR]
     )
     max_tokens: int | None = Field(None, ge=0, le=INT64, description="Default 16.")
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="At least n; not with stream.")
@@ -251,9 +278,9 @@ class EmbeddingRequest(RequestModel):
     model: str | None = Field(None, description="One of /v1/models; null takes the one there is.")
     input: (
         Text
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS), ONE_ERROR]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), ONE_ERROR]
     )
     encoding_format: Literal["float", "base64"] | None = Field(None, description="Default float.")
     dimensions: int | None = Field(None, ge=1, le=INT64, description="Only the model's own size.")

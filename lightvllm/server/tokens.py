@@ -11,7 +11,7 @@ from lightvllm.engine.protocol import EngineClient
 from lightvllm.server.chat_protocol import MAX_MESSAGES, MAX_TOOLS, ChatCompletionRequest, ChatMessage, Tool
 from lightvllm.server.conversation import prompt_text
 from lightvllm.server.params import LONG_TEXT, check_model, encode
-from lightvllm.server.protocol import AnswerModel, RequestModel, TokenId
+from lightvllm.server.protocol import ONE_ERROR, AnswerModel, RequestModel, TokenId
 from lightvllm.server.settings import ServerSettings
 from lightvllm.server.tools import tool_use
 
@@ -24,14 +24,14 @@ class TokenizeTextRequest(RequestModel):
 
 
 class TokenizeChatRequest(RequestModel):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), ONE_ERROR]
     model: str | None = None
     add_generation_prompt: bool | None = Field(None, description="Default true, unless continue_final_message.")
     continue_final_message: bool | None = None
     add_special_tokens: bool = False
     return_token_strs: bool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), ONE_ERROR] | None = None
 
 
 class TokenizeResponse(AnswerModel):
@@ -42,7 +42,7 @@ class TokenizeResponse(AnswerModel):
 
 
 class DetokenizeRequest(RequestModel):
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], ONE_ERROR]
     model: str | None = None
 
 
