@@ -15,4 +15,9 @@ def python_path(others: str | None) -> str:
 
 def how_it_ended(code: int) -> str:
     """Of ``Popen.returncode``: ``"killed by SIGKILL"`` or ``"exited with code 1"``."""
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal
+        return f"killed by signal {-code}"

@@ -114,6 +114,70 @@ async def test_a_child_that_dies_while_it_starts(folder: Path, monkeypatch: pyte
         await AsyncLLM.create(folder, **SMALL)
 
 
+def test_ctrl_c_before_the_child_has_its_own_group_is_not_for_it_either(folder: Path) -> None:
+    """What a terminal sends to the group that the child still is in waits, and is dropped."""
+    then = """
+    popen = subprocess.Popen
+
+    def interrupted(command, **options):
+        options.pop("process_group")
+        child = popen(["sh", "-c", 'kill -INT $$; exec "$@"', "sh", *command], **options)
+        return child
+
+    subprocess.Popen = interrupted
+    async with await AsyncLLM.create(folder, **async_engines.SMALL) as other:
+        await other.check_health()
+        status = open(f"/proc/{other._front.core.pid}/status").read()
+        assert "SigBlk:\\t" + 16 * "0" in status, status
+        os.kill(other._front.core.pid, signal.SIGINT)
+        await other.check_health()
+    print("done")
+    """
+    parent, _child = start(folder, then, stderr=subprocess.PIPE)
+    said, complaints = parent.communicate(timeout=LIMIT)
+    assert (said, complaints) == ("done\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [("kill -TERM $$", "killed by SIGTERM"), ("kill -40 $$", "killed by signal 40"), ("exit 3", "exited with code 3")],
+)
+@pytest.mark.asyncio
+async def test_a_child_that_never_had_its_own_group(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, reason: str
+) -> None:
+    popen = subprocess.Popen
+
+    def killed(_command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        del options["process_group"]
+        return popen(["sh", "-c", command], **options)
+
+    monkeypatch.setattr(core_process.subprocess, "Popen", killed)
+    async with asyncio.timeout(5):
+        with pytest.raises(WorkerDied, match=reason):
+            await AsyncLLM.create(folder, **SMALL)
+
+
+@pytest.mark.asyncio
+async def test_a_child_that_somebody_else_has_waited_for(folder: Path) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel itself, here
+    try:
+        engine = await AsyncLLM.create(folder, **SMALL)
+        os.kill(child_of(engine), signal.SIGTERM)
+        await when(engine, lambda: engine.state == "stopped", "it has said that it ends")
+        async with asyncio.timeout(5):
+            await engine.shutdown()
+        engine = await AsyncLLM.create(folder, **SMALL)
+        os.kill(child_of(engine), signal.SIGKILL)
+        async with asyncio.timeout(5):
+            await when(engine, lambda: engine.state == "failed", "the death is noticed")
+        with pytest.raises(WorkerDied, match="nobody knows how"):
+            await engine.check_health()
+        await engine.shutdown()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 @pytest.mark.asyncio
 async def test_a_start_that_is_called_off_before_the_child_has_read_of_it(folder: Path) -> None:
     """What to start, and that it is to stop, come in one."""
@@ -140,7 +204,8 @@ async def test_nothing_is_left_after_many(folder: Path) -> None:
 # ------------------------------------------------------------------------------- the parent's end, as processes
 
 SCRIPT = """
-import asyncio, gc, os, signal, sys
+import asyncio, gc, os, signal, subprocess, sys
+folder = {folder!r}
 import async_engines, fake_core
 from lightvllm import AsyncLLM, SamplingParams
 from lightvllm.engine import core_process

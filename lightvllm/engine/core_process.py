@@ -60,6 +60,8 @@ class ProcessCore:
         self._reaping = threading.Lock()
         mine, childs = socket.socketpair()
         with childs:
+            # Until it has its own group (and ignores that signal anyway), a terminal's Ctrl-C would end it.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             try:
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", _CHILD_MODULE, str(childs.fileno())],
@@ -72,6 +74,8 @@ class ProcessCore:
             except OSError as error:
                 mine.close()
                 raise PlacementError(f"cannot start the engine's process: {error}") from None
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.pid = self._process.pid
         self._socket = mine
         self._frames = FrameSocket(mine, MAX_FRAME_BYTES, spin=0)
@@ -169,16 +173,27 @@ class ProcessCore:
     def _kill(self) -> None:
         with self._reaping:
             if not self._gone.is_set():
-                os.killpg(self.pid, signal.SIGKILL)
+                self._kill_group()
+
+    def _kill_group(self) -> None:
+        """Until the child is reaped, its group's number is nobody else's."""
+        with contextlib.suppress(ProcessLookupError):  # it has been killed before it had a group
+            os.killpg(self.pid, signal.SIGKILL)
 
     def _wait(self) -> None:
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        with self._reaping:  # until it is reaped, its group's number is nobody else's
-            os.killpg(self.pid, signal.SIGKILL)  # what it started itself and left behind
+        how: str | None = None
+        try:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:  # then its number, and its group's, may be somebody else's already
+            how = "ended, nobody knows how: this process ignores SIGCHLD, or waits for all children"
+        with self._reaping:
+            if how is None:
+                self._kill_group()  # what it started itself and left behind
             self._process.wait()
             self._gone.set()
-        how = how_it_ended(self._process.returncode)
-        if self._process.returncode == -signal.SIGKILL:
-            how += " (if nobody sent it, memory has run out)"
+        if how is None:
+            how = how_it_ended(self._process.returncode)
+            if self._process.returncode == -signal.SIGKILL:
+                how += " (if nobody sent it, memory has run out)"
         with contextlib.suppress(RuntimeError):  # the event loop is closed: there is nobody to be told
             self._loop.call_soon_threadsafe(self._report_end, how)
