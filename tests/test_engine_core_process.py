@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -87,6 +88,27 @@ async def test_sigterm_ends_it_in_order_and_sigint_is_the_parent_s(folder: Path)
     assert engine.state == "stopped"
     await engine.shutdown()
     assert gone(child)
+
+
+@pytest.mark.asyncio
+async def test_being_told_again_to_end_does_not_disturb_the_end(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A start is broken off by an exception; one that came later would meet what tidies up, or the last words."""
+    begun = asyncio.Event()
+    start = asyncio.ensure_future(
+        AsyncLLM.create(folder, env={"FAKE_START": "hang"}, progress=lambda _: begun.set(), **SMALL)
+    )
+    async with asyncio.timeout(LIMIT):
+        await begun.wait()
+        (child,) = psutil.Process().children()
+        while not gone(child.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGTERM)
+            await asyncio.sleep(0)
+        with pytest.raises(Shutdown):
+            await start
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.asyncio

@@ -114,7 +114,8 @@ class Link:
 
 
 def main(fd: int) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which also drops one that has come while it was blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # nothing that is started here shall inherit that
     faulthandler.enable()
     logs.inherit(process="engine")
     connection = socket.socket(fileno=fd)
@@ -138,6 +139,7 @@ def main(fd: int) -> NoReturn:
 
 def _run(start: Start, frames: FrameSocket) -> None:
     ended = threading.Event()
+    breakable = True  # by an exception, once: what then tidies up, and what has failed to start, ends by itself
 
     def end() -> None:
         core.post(Stop())
@@ -153,9 +155,11 @@ def _run(start: Start, frames: FrameSocket) -> None:
             os._exit(1)
 
     def on_sigterm(number: int, frame: FrameType | None) -> None:
-        if not core.started:
-            raise KeyboardInterrupt
+        nonlocal breakable
         core.post(Stop())
+        if breakable and not core.started:
+            breakable = False
+            raise KeyboardInterrupt
 
     link = Link(frames, on_command, on_gone)
     try:
@@ -164,7 +168,10 @@ def _run(start: Start, frames: FrameSocket) -> None:
         core = EngineCore(start.engine, tokenizer, functools.partial(factory, start.executor, start.engine), link.emit)
         signal.signal(signal.SIGTERM, on_sigterm)
         link.start()
-        core.run()
+        try:
+            core.run()
+        finally:
+            breakable = False
     except (LightvllmError, KeyboardInterrupt) as error:
         link.emit(Ended(Failure.of(error)))
     link.flush(_LAST_WORDS_SECONDS)
