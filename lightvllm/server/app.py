@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from lightvllm.engine.protocol import EngineClient
-from lightvllm.server import api, errors, health, metrics, openapi, status
+from lightvllm.server import api, docs, errors, health, metrics, openapi, status
 from lightvllm.server.access import Access
 from lightvllm.server.lifecycle import Lifecycle
 from lightvllm.server.metrics import Metrics
@@ -49,7 +49,7 @@ def create_app(client: EngineClient | None, settings: ServerSettings) -> FastAPI
         title="lightvllm",
         version=__version__,
         description=_DESCRIPTION,
-        docs_url="/docs" if settings.docs else None,
+        docs_url=None,  # FastAPI's page loads its scripts from a CDN; ``docs`` has its own
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs else None,
         generate_unique_id_function=lambda route: route.name,
@@ -63,6 +63,8 @@ def create_app(client: EngineClient | None, settings: ServerSettings) -> FastAPI
     errors.install(app)
     app.include_router(health.router)
     app.include_router(metrics.router)
+    if settings.docs:
+        app.include_router(docs.router)  # before the status page's, whose /static/{name} would take its files' paths
     app.include_router(status.router)
     app.include_router(api.router, dependencies=[Depends(in_flight)])
     openapi.describe(app, settings)

@@ -11,7 +11,7 @@ from typing import Any
 PROBES = frozenset({"/health", "/live", "/ping"})
 """Asked by orchestrators, which carry no key. They tell whether, and why not, requests can be answered."""
 
-PAGES = frozenset({"/", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
+PAGES = frozenset({"/", "/docs", "/openapi.json"})
 """Pages that are the same for every server; the status page's figures are at paths that need a key."""
 
 STATIC = "/static/"

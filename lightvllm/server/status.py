@@ -8,6 +8,7 @@ elsewhere: one HTML, one JS and one CSS file in ``static/``.
 from __future__ import annotations
 
 import asyncio
+import functools
 import html
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -33,18 +34,25 @@ LOOK_SECONDS = 0.25
 MAX_LISTENERS = 32
 """Pages that may be open at once; more are told to come again."""
 
-_HEADERS = {
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
+
+def page_headers(images: str = "img-src 'self'") -> dict[str, str]:
+    """Of a page of ours and what it is made of: it runs, shows and asks nothing that is from elsewhere."""
+    return {
+        "Cache-Control": "no-cache",
+        "Content-Security-Policy": (
+            f"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; {images}; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        ),
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+
+_HEADERS = page_headers()
 _STATIC = {
     "status.css": "text/css; charset=utf-8",
     "status.js": "text/javascript; charset=utf-8",
+    "docs.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
 
@@ -187,9 +195,7 @@ def _engine(client: EngineClient) -> Engine:
 
 @router.get("/", include_in_schema=False)
 async def page(request: Request) -> Response:
-    # Relative links hold below any proxy; with a root path they may not, for the page may be asked for without a slash.
-    root = request.scope.get("root_path", "")
-    text = _file("status.html").replace("{{root}}", html.escape(f"{root}/" if root else "", quote=True))
+    text = static_text("status.html").replace("{{root}}", html.escape(root_of(request), quote=True))
     return Response(text, media_type="text/html; charset=utf-8", headers=_HEADERS)
 
 
@@ -197,10 +203,19 @@ async def page(request: Request) -> Response:
 async def static(name: str) -> Response:
     if name not in _STATIC:
         raise ApiError(404, f"there is no file {name!r} here", code="not_found")
-    return Response(_file(name), media_type=_STATIC[name], headers=_HEADERS)
+    return Response(static_text(name), media_type=_STATIC[name], headers=_HEADERS)
 
 
-def _file(name: str) -> str:
+def root_of(request: Request) -> str:
+    """What a page's links begin with: relative ones hold below any proxy; with a root path they may not, for the page
+    may be asked for without a slash."""
+    root = request.scope.get("root_path", "")
+    return f"{root}/" if root else ""
+
+
+@functools.cache
+def static_text(name: str) -> str:
+    """A file of ``static/``."""
     return resources.files("lightvllm.server").joinpath("static", name).read_text(encoding="utf-8")
 
 
