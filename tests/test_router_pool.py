@@ -256,3 +256,25 @@ def test_addresses():
 def test_settings_that_make_no_sense_are_refused(wrong, words):
     with pytest.raises(ConfigError, match=words):
         RouterSettings(**wrong)
+
+
+@pytest.mark.asyncio
+async def test_models_of_one_replica_are_served_in_order_of_arrival():
+    made = pool(models=("a", "b"), max_in_flight=1)
+    done: list[str] = []
+
+    async def one(model: str) -> None:
+        replica = await made.acquire(made.enter(model, None))
+        done.append(model)
+        made.release(replica)
+
+    tasks = []
+    for model in ("a", "b", "a", "b", "b", "a"):
+        tasks.append(asyncio.create_task(one(model)))
+        await asyncio.sleep(0)
+    assert (made.num_held("a"), made.num_held("b")) == (3, 3)
+    made.update("test", snapshot("http://x", models=("a", "b")))
+    made.probed(made.replicas[0])
+    await asyncio.gather(*tasks)
+    assert done == ["a", "b", "a", "b", "b", "a"]
+    assert (made.num_held("a"), made.num_held("b"), made.replicas[0].in_flight) == (0, 0, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import heapq
 import itertools
 import logging
 import time
@@ -210,18 +211,25 @@ class Pool:
         return choose(preferred, key, self._settings.balance_factor, self._settings.affinity_slack)
 
     def _wake(self, models: Collection[str]) -> None:
-        """Grant replicas to those who wait, in order."""
-        for model in models:
-            queue = self._held.get(model, [])
-            while queue:
-                held = queue[0]
-                if not held.granted.done():
-                    replica = self._pick(model, held.key, held.avoid)
-                    if replica is None:
-                        break
-                    replica.in_flight += 1
-                    held.granted.set_result(replica)
-                queue.pop(0)
+        """Grant replicas to those who wait, in order of arrival, whichever of the models they wait for."""
+        heads = [(queue[0].arrival, model) for model in set(models) if (queue := self._held.get(model))]
+        heapq.heapify(heads)
+        while heads:
+            _, model = heads[0]
+            queue = self._held[model]
+            held = queue[0]
+            if not held.granted.done():
+                replica = self._pick(model, held.key, held.avoid)
+                if replica is None:  # and nobody behind it gets one either
+                    heapq.heappop(heads)
+                    continue
+                replica.in_flight += 1
+                held.granted.set_result(replica)
+            queue.pop(0)
+            if queue:
+                heapq.heapreplace(heads, (queue[0].arrival, model))
+            else:
+                heapq.heappop(heads)
 
     def _too_many(self, model: str) -> ApiError:
         return ApiError(
