@@ -218,3 +218,30 @@ async def test_a_source_that_fails_takes_nothing_away(caplog):
         await until(lambda: "defect in failing" in caplog.text, "it is told")
         await asyncio.sleep(0)
         assert pool.models == ["m"]
+
+
+@pytest.mark.asyncio
+async def test_a_name_that_cannot_be_one_does_not_end_its_source(caplog):
+    answers: list[object] = [UnicodeError("label too long"), OSError("no file left"), ["10.0.0.1"]]
+
+    async def resolve(host: str, port: int) -> list[str]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    snapshots = DnsName("m=dns+http://name:80", interval=0, resolve=resolve).snapshots()
+    assert (await anext(snapshots)).targets == ()
+    assert [target.url for target in (await anext(snapshots)).targets] == ["http://10.0.0.1:80"]
+    assert "label too long; what was known stays" in caplog.text
+    await snapshots.aclose()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("models: [2001-99-99]", "neither JSON nor YAML"), ("[" * 100_000, "nested too deeply")]
+)
+def test_what_the_parser_trips_over_is_a_mistake_like_others(tmp_path, text, words):
+    path = tmp_path / "backends.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        BackendsFile(path)

@@ -203,12 +203,13 @@ class DnsName:
             addresses = last
             try:
                 addresses, failing = sorted(set(await self._resolve(self._host, self._port))), False
-            except socket.gaierror as error:
-                if error.errno in (socket.EAI_NONAME, _EAI_NODATA):
+            except (OSError, UnicodeError) as error:  # the latter: a name that cannot be one
+                if isinstance(error, socket.gaierror) and error.errno in (socket.EAI_NONAME, _EAI_NODATA):
                     addresses = []  # an answer: a headless Service without pods has no records
                 elif not failing:
                     failing = True
-                    logger.warning("%s: %s; what was known stays", self.name, error.strerror)
+                    reason = getattr(error, "strerror", None) or error
+                    logger.warning("%s: %s; what was known stays", self.name, reason)
             if addresses is not None and addresses != last:
                 last = addresses
                 yield Snapshot(tuple(self._target(address) for address in addresses), models)
@@ -275,6 +276,8 @@ def _refuse_repeated(targets: list[Target]) -> None:
 def _decode(text: bytes, path: Path) -> Any:
     try:
         return json.loads(text)
+    except RecursionError:
+        raise ConfigError(f"file {path} is nested too deeply") from None
     except ValueError:
         if path.suffix == ".json":
             raise ConfigError(f"file {path} is no valid JSON") from None
@@ -284,5 +287,7 @@ def _decode(text: bytes, path: Path) -> Any:
         raise MissingExtra("pyyaml", "server", f"{path}, which is no JSON,") from None
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ConfigError(f"file {path} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter: 2001-99-99 looks like a date
         raise ConfigError(f"file {path} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
