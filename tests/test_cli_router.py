@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import aiohttp
@@ -22,7 +23,9 @@ from waiting import LIMIT
 
 from lightvllm.backends.k8s import labels
 from lightvllm.cli.main import app, main
+from lightvllm.errors import ConfigError
 from lightvllm.router.keys import ApiKeys, read_key
+from lightvllm.router.memory import Memory
 from lightvllm.router.metrics import Metrics
 from lightvllm.router.pool import Pool
 from lightvllm.router.run import client_tls, server_tls
@@ -94,6 +97,8 @@ def test_keys_must_be_private_and_are_not_sent_in_the_clear(tmp_path, refused):
     assert "is open to others (mode 0644); run: chmod 600" in refused("--backend", "http://a", "--api-key-file", keys)
     for text, words in (("", "holds no key"), ("with space", "without spaces"), ("ä", "expected ASCII text")):
         assert words in refused("--backend", "http://a", "--api-key-file", private(tmp_path / "wrong", text))
+    with pytest.raises(ConfigError, match=r"TLS key .* is open to others"):
+        client_tls(None, keys, keys)
     assert "must hold one key" in refused(
         "--backend", "http://a", "--backend-api-key-file", private(tmp_path / "wrong", "a\nb")
     )
@@ -194,6 +199,43 @@ async def test_connections_that_send_nothing_are_closed():
 
 
 @pytest.mark.asyncio
+async def test_a_connection_that_is_used_again_and_again_is_kept():
+    """Short requests, between two of which nothing is being answered whenever somebody looks."""
+    async with replicas("json") as (replica,):
+        options = ["--backend", f"m={replica.url}", "--port", "0", "--connection-timeout", "1"]
+        with started([*COMMAND, *options]) as server:
+            port = int((await url_of(server)).rpartition(":")[2])
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            began = time.monotonic()
+            while time.monotonic() - began < 2.5:  # the time itself is what is tested
+                writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                async with asyncio.timeout(LIMIT):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    await reader.readexactly(len(b'{"status": "ready"}'))
+                assert head.startswith(b"HTTP/1.1 200")
+                await asyncio.sleep(0.1)
+            writer.close()
+
+
+@pytest.mark.asyncio
+async def test_a_held_request_is_told_when_the_time_is_over():
+    async with aiohttp.ClientSession() as client:
+        with started(
+            [*COMMAND, "--backend", "m=http://127.0.0.1:9", "--port", "0", "--drain-timeout", "0.1"]
+        ) as server:
+            url = await url_of(server)
+            held = asyncio.create_task(client.post(url + "/v1/completions", json={"model": "m"}).__aenter__())
+            while (await (await client.get(url + "/queue.json?model=m")).json())["waiting"] == 0:
+                await asyncio.sleep(0.01)
+            server.signal(signal.SIGTERM)
+            answer = await held
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+            assert (await answer.json())["error"]["code"] == "shutting_down"
+            assert await asyncio.to_thread(server.wait) == 143
+            assert "Traceback" not in server.text
+
+
+@pytest.mark.asyncio
 async def test_tls_on_both_sides(tmp_path):
     """Clients must show a certificate; the replica's is checked, for its name, too."""
     pytest.importorskip("cryptography", reason="the k8s extra is not installed")
@@ -272,7 +314,7 @@ def test_the_documentation_and_the_samples_name_what_there_is():
     for path in set(re.findall(r"`((?:router|backends/k8s|cli)/\w+\.py)`", page)):
         assert any((root / folder / path).exists() for folder in (".", "lightvllm")), path
     metrics = Metrics()
-    metrics.watch(Pool(RouterSettings(models=("m",))))
+    metrics.watch(Pool(RouterSettings(models=("m",))), Memory(1))
     shown = metrics.text().decode()
     for name in re.findall(r"`(?:lightvllm_router|…)_(\w+)", page):
         assert f"lightvllm_router_{name}" in shown, name

@@ -13,8 +13,11 @@ import pytest
 from fake_replica import FakeReplica, replicas, routing, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waiting import LIMIT
 
 from lightvllm.router.balance import capacity
+from lightvllm.router.events import WholeEvents
+from lightvllm.router.replies import ApiError
 
 BAD = ("disconnect", "reset", "headers_only", "short", "giant_header", "garbage", "429", "502", "503", "refuse")
 
@@ -243,6 +246,34 @@ async def test_a_slow_client_slows_its_replica_and_takes_no_memory():
         assert replica.open == 1
         writer.close()
         await until(lambda: replica.left == 1, "the replica sees that the client has left")
+
+
+@pytest.mark.asyncio
+async def test_the_last_event_waits_for_no_client_without_end():
+    class Unread:
+        prepared = True
+
+        async def write(self, chunk: bytes) -> None:
+            await asyncio.Event().wait()
+
+    async with replicas("stream") as (replica,), routing([replica], idle_timeout=0.05) as router:
+        error = ApiError(502, "it broke off")
+        async with asyncio.timeout(LIMIT):
+            with pytest.raises(aiohttp.ClientConnectionResetError, match="took nothing"):
+                await router.router.proxy._end_broken(None, Unread(), WholeEvents(), error)
+
+
+@pytest.mark.asyncio
+async def test_every_connection_header_names_what_is_for_one_hop():
+    async with replicas("echo") as (replica,), routing([replica]) as router:
+        await router.healthy(1)
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(router.url.rpartition(":")[2]))
+        body = b'{"model": "m"}'
+        head = ["POST /v1/completions HTTP/1.1", "Host: x", "Connection: close", "Connection: X-Hop", "X-Hop: 1"]
+        writer.write("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+        assert (await reader.read()).endswith(body)
+        writer.close()
+        assert "x-hop" not in replica.seen[0][1]
 
 
 @pytest.mark.asyncio

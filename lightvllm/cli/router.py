@@ -124,6 +124,13 @@ def router(
     max_request_bytes: Annotated[
         str, typer.Option(help="Longest body of a request, such as 32MiB.", rich_help_panel=_SECURITY)
     ] = "32MiB",
+    max_body_memory: Annotated[
+        str,
+        typer.Option(
+            help="For the bodies of all requests whose answers have not begun; more requests get 503.",
+            rich_help_panel=_SECURITY,
+        ),
+    ] = "1GiB",
     body_timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds in which a body must have come.", rich_help_panel=_SECURITY)
     ] = 60.0,
@@ -261,6 +268,7 @@ def router(
         models=tuple(model or ()),
         paths=(*PATHS, *(path for path in extra_path or () if path not in PATHS)),
         max_request_bytes=parse_bytes(max_request_bytes),
+        max_body_memory=parse_bytes(max_body_memory),
         body_timeout=body_timeout,
         connection_timeout=connection_timeout,
         max_buffered_bytes=parse_bytes(max_buffered_bytes),

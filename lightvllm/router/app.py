@@ -29,7 +29,7 @@ from lightvllm.router.keys import ApiKeys
 from lightvllm.router.metrics import CONTENT_TYPE, Metrics
 from lightvllm.router.pool import Pool
 from lightvllm.router.proxy import Proxy
-from lightvllm.router.replies import ApiError, unknown_model
+from lightvllm.router.replies import ApiError, shutting_down, unknown_model
 from lightvllm.router.settings import RouterSettings
 from lightvllm.router.sources import Source, follow
 from lightvllm.router.upstream import SERVER, Upstream
@@ -56,12 +56,15 @@ class Router:
     Attributes:
         draining: new requests are refused.
         busy: connections whose request is being answered, one at a time each, with the task that does it.
+        quiet: connections seen without a request, and since when (the event loop's time); one leaves with its next
+            request.
     """
 
     def __init__(self, settings: RouterSettings, sources: list[Source], keys: ApiKeys, upstream: Upstream) -> None:
         self.settings, self.sources, self.keys, self.upstream = settings, sources, keys, upstream
         self.draining = False
         self.busy: dict[object, asyncio.Task[object]] = {}
+        self.quiet: dict[object, float] = {}
         self.metrics = Metrics()
         self.prober: Prober
         self.pool = Pool(
@@ -72,7 +75,7 @@ class Router:
         )
         self.prober = Prober(self.pool, upstream, settings)
         self.proxy = Proxy(self.pool, upstream, self.metrics, settings)
-        self.metrics.watch(self.pool)
+        self.metrics.watch(self.pool, self.proxy.memory)
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
         """aiohttp's start and end."""
@@ -90,6 +93,7 @@ class Router:
         task = asyncio.current_task()
         assert task is not None
         self.busy[request.protocol] = task
+        self.quiet.pop(request.protocol, None)
         try:
             self._admit(request)
             response = await handler(request)
@@ -97,6 +101,11 @@ class Router:
             response = error.response()
         except web.HTTPException as error:
             response = _http_error(error, self.settings)
+        except asyncio.CancelledError:
+            if not self.proxy.ending or request.protocol in self.proxy.begun:
+                raise  # the client has left, or has been told by its stream
+            task.uncancel()
+            response = shutting_down().response()
         except Exception:
             logger.exception("a defect in this router")
             response = ApiError(
@@ -104,6 +113,7 @@ class Router:
             ).response()
         finally:
             self.busy.pop(request.protocol, None)
+            self.proxy.begun.discard(request.protocol)
         if not response.prepared:
             response.headers["X-Request-Id"] = name
             response.headers["Server"] = SERVER
@@ -124,7 +134,7 @@ class Router:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         if self.draining and path not in _MEASURES:
-            raise ApiError(503, "the router is shutting down", code="shutting_down", retry_after=1)
+            raise shutting_down()
 
     # ---- what the router answers itself
 
@@ -179,7 +189,7 @@ def create_app(
     Run it with ``handler_cancellation=True``, so that clients who leave end their requests.
     """
     router = Router(settings, sources, keys or ApiKeys(), upstream or Upstream(settings))
-    app = web.Application(middlewares=[router.middleware], client_max_size=settings.max_request_bytes)
+    app = web.Application(middlewares=[router.middleware])
     app[ROUTER] = router
     app.cleanup_ctx.append(router.run)
     for path in settings.paths:
@@ -207,9 +217,6 @@ def _http_error(error: web.HTTPException, settings: RouterSettings) -> web.Respo
             )
         case 405:
             wrong = ApiError(405, f"this path does not know the method; use {headers.get('Allow')}", headers=headers)
-        case 413:
-            most = settings.max_request_bytes
-            wrong = ApiError(413, f"the body is larger than {most} bytes", code="request_too_large", headers=headers)
         case _:
             wrong = ApiError(error.status, error.reason, headers=headers)
     return wrong.response()

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from lightvllm.router.memory import Memory
 from lightvllm.router.pool import Pool
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
@@ -62,17 +63,17 @@ class Metrics:
             registry=registry,
         )
 
-    def watch(self, pool: Pool) -> None:
-        """Show the pool's gauges, too."""
-        self._registry.register(_Gauges(pool))
+    def watch(self, pool: Pool, memory: Memory) -> None:
+        """Show the pool's gauges, too, and how much memory bodies take."""
+        self._registry.register(_Gauges(pool, memory))
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
 
 class _Gauges(Collector):
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, pool: Pool, memory: Memory) -> None:
+        self._pool, self._memory = pool, memory
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         pool, name = self._pool, "lightvllm_router_"
@@ -94,4 +95,7 @@ class _Gauges(Collector):
         for replica in pool:
             in_flight.add_metric([replica.name], replica.in_flight)
             healthy.add_metric([replica.name], int(replica.usable))
-        yield from (pending, waiting, ready, in_flight, healthy)
+        kept = GaugeMetricFamily(
+            name + "body_bytes", "Of requests whose answers have not begun.", value=self._memory.used
+        )
+        yield from (pending, waiting, ready, in_flight, healthy, kept)

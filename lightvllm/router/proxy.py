@@ -14,6 +14,7 @@ import contextlib
 import logging
 import random
 import time
+from collections.abc import AsyncIterator
 
 import aiohttp
 from aiohttp import web
@@ -22,10 +23,11 @@ from lightvllm.logs import request_id
 from lightvllm.router.body import affinity_key, parse
 from lightvllm.router.events import WholeEvents
 from lightvllm.router.health import describe
+from lightvllm.router.memory import Memory, Share
 from lightvllm.router.metrics import Metrics
 from lightvllm.router.pool import Pool, Request
 from lightvllm.router.replica import Replica
-from lightvllm.router.replies import ApiError, unknown_model
+from lightvllm.router.replies import ApiError, shutting_down, unknown_model
 from lightvllm.router.settings import RouterSettings
 from lightvllm.router.upstream import Upstream, downstream_headers, read_most
 
@@ -36,6 +38,7 @@ _RETRIED = (429, 502, 503)
 _ERROR_BYTES = 1 << 20  # of an error answer that is kept while others are tried
 _PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between rounds over replicas that have all failed
 _MOST_BUSY = 10.0  # seconds for which a 429's Retry-After is believed
+_RETRY_ROOM = 5.0  # seconds told to a client whose body there is no memory for
 _ANSWERED_BADLY = (aiohttp.ClientError, OSError, ValueError)
 
 
@@ -60,20 +63,28 @@ class Proxy:
 
     Attributes:
         ending: the router's time is over: a request that is cancelled now is told so.
+        memory: what is kept of requests and answers.
+        begun: connections on which an answer is being passed on, so that nothing else can be said there.
     """
 
     def __init__(self, pool: Pool, upstream: Upstream, metrics: Metrics, settings: RouterSettings) -> None:
         self.ending = False
+        self.begun: set[object] = set()
+        self.memory = Memory(settings.max_body_memory)
         self._pool, self._upstream, self._metrics, self._settings = pool, upstream, metrics, settings
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer it. Raises ApiError for what the router itself refuses."""
+        share = Share(self.memory)
+        try:
+            return await self._handle(request, share)
+        finally:
+            share.give_back()
+
+    async def _handle(self, request: web.Request, share: Share) -> web.StreamResponse:
         arrived = time.monotonic()
-        content = await self._read(request)
-        body = parse(content)
-        model = self._model(body.model)
-        entry = self._pool.enter(model, affinity_key(body, self._settings.affinity_bytes))
-        exchange = _Exchange(request, content, entry, arrived)
+        exchange = self._enter(request, await self._read(request, share), share, arrived)
+        entry = exchange.entry
         status = "499"  # what stays if the client leaves
         try:
             response = await self._serve(exchange)
@@ -82,6 +93,10 @@ class Proxy:
         except ApiError as error:
             status = str(error.status)
             raise
+        except asyncio.CancelledError:
+            if self.ending:
+                status = "503"
+            raise
         except Exception:
             status = "500"
             raise
@@ -89,10 +104,38 @@ class Proxy:
             self._pool.leave(entry)
             self._account(exchange, status)
 
-    async def _read(self, request: web.Request) -> bytes:
+    def _enter(self, request: web.Request, content: bytes, share: Share, arrived: float) -> _Exchange:
+        body = parse(content)
+        model = self._model(body.model)
+        entry = self._pool.enter(model, affinity_key(body, self._settings.affinity_bytes))
+        return _Exchange(request, content, share, entry, arrived)
+
+    async def _read(self, request: web.Request, share: Share) -> bytes:
+        most = self._settings.max_request_bytes
+        too_large = ApiError(413, f"the body is larger than {most} bytes", code="request_too_large")
+        if (request.content_length or 0) > most:
+            raise too_large
+        parts: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(self._settings.body_timeout):
-                return await request.read()
+                while part := await request.content.readany():
+                    size += len(part)
+                    if size > most:
+                        raise too_large
+                    if not share.take(len(part)):
+                        raise ApiError(
+                            503,
+                            f"the router keeps {self.memory.used} bytes of other requests, and is full",
+                            code="router_overloaded",
+                            retry_after=_RETRY_ROOM,
+                        )
+                    parts.append(part)
+                return b"".join(parts)
+        except web.RequestPayloadError:
+            raise ApiError(
+                400, "the body is not what its Content-Encoding says", headers={"Connection": "close"}
+            ) from None
         except TimeoutError:
             raise ApiError(
                 408, f"the body did not come within {self._settings.body_timeout:g} s", headers={"Connection": "close"}
@@ -120,10 +163,12 @@ class Proxy:
         last = _Failed("none", "no replica was tried")
         while len(tried) < settings.max_tries and losses < settings.max_losses:
             if tried and time.monotonic() - exchange.arrived > settings.retry_timeout:
-                break
+                break  # rather than be held
             replica = await pool.acquire(entry, tried)
             exchange.backend = replica.name
             try:
+                if tried and time.monotonic() - exchange.arrived > settings.retry_timeout:
+                    break  # it was held meanwhile
                 if replica in tried:  # and so have all been that are left
                     if last.answer is not None and last.answer.status == 429:
                         return last.answer
@@ -205,7 +250,8 @@ class Proxy:
         async with asyncio.timeout(idle) as limit:
             while chunk := await read():
                 kept += chunk
-                if is_stream or len(kept) > self._settings.max_buffered_bytes:
+                full = len(kept) > self._settings.max_buffered_bytes or not exchange.share.take(len(chunk))
+                if is_stream or full:
                     break
                 limit.reschedule(asyncio.get_running_loop().time() + idle)
         exchange.first_byte = time.monotonic()
@@ -217,12 +263,15 @@ class Proxy:
         if not is_stream and answer.content_length is not None:
             headers["Content-Length"] = str(answer.content_length)
         out = web.StreamResponse(status=answer.status, headers=headers)
+        self.begun.add(exchange.request.protocol)
+        exchange.forget()
         try:
             await out.prepare(exchange.request)
             problem = await self._stream(bytes(kept), answer, out, events)
             if problem is None:
                 self._done_well(replica, answer)
-                await out.write_eof()
+                async with self._write_limit():
+                    await out.write_eof()
             else:
                 exchange.broken = "broken"
                 self._pool.failed(replica, problem)
@@ -235,9 +284,8 @@ class Proxy:
                 exchange.request.transport.abort()
         except asyncio.CancelledError:
             if self.ending:
-                error = ApiError(503, "the router is shutting down; try again", code="shutting_down")
                 with contextlib.suppress(aiohttp.ClientConnectionResetError):
-                    await self._end_broken(exchange, out, events, error)
+                    await self._end_broken(exchange, out, events, shutting_down())
             raise
         return out
 
@@ -270,20 +318,34 @@ class Proxy:
                         limit.reschedule(now() + idle)
                         renew = now() + idle / 4
                 if events is not None and (rest := events.finish()):
+                    writing = True
                     await out.write(rest)
         except TimeoutError:
             if writing:
-                raise aiohttp.ClientConnectionResetError(f"the client took nothing for {idle:g} s") from None
+                raise self._unread() from None
             return f"nothing came for {idle:g} s"
         return None
+
+    @contextlib.asynccontextmanager
+    async def _write_limit(self) -> AsyncIterator[None]:
+        """For the last of an answer: raises what a client that takes nothing any more is treated by."""
+        try:
+            async with asyncio.timeout(self._settings.idle_timeout):
+                yield
+        except TimeoutError:
+            raise self._unread() from None
+
+    def _unread(self) -> aiohttp.ClientConnectionResetError:
+        return aiohttp.ClientConnectionResetError(f"the client took nothing for {self._settings.idle_timeout:g} s")
 
     async def _end_broken(
         self, exchange: _Exchange, out: web.StreamResponse, events: WholeEvents | None, error: ApiError
     ) -> None:
         """The last that the client gets: an error event where one can be read, else a connection that ends early."""
         if out.prepared and events is not None and events.between:
-            await out.write(error.event())
-            await out.write_eof()
+            async with self._write_limit():
+                await out.write(error.event())
+                await out.write_eof()
         elif exchange.request.transport is not None:
             exchange.request.transport.abort()
 
@@ -316,16 +378,22 @@ class Proxy:
 class _Exchange:
     """A request on its way through the proxy."""
 
-    def __init__(self, request: web.Request, content: bytes, entry: Request, arrived: float) -> None:
+    def __init__(self, request: web.Request, content: bytes, share: Share, entry: Request, arrived: float) -> None:
         self.request = request
         self.id = request_id.get()
         self.content = content
+        self.share = share
         self.entry = entry
         self.arrived = arrived
         self.backend = ""
         self.tries = 0
         self.first_byte = 0.0
         self.broken = ""
+
+    def forget(self) -> None:
+        """Its answer has begun: it is not sent again."""
+        self.content = b""
+        self.share.give_back()
 
     @property
     def path(self) -> str:

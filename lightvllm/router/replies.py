@@ -61,6 +61,10 @@ class ApiError(Exception):
         return web.Response(status=self.status, body=self.body(), content_type="application/json", headers=self.headers)
 
 
+def shutting_down() -> ApiError:
+    return ApiError(503, "the router is shutting down; try again", code="shutting_down", retry_after=1)
+
+
 def unknown_model(name: str, known: Sequence[str]) -> ApiError:
     """404, naming the known ones."""
     return ApiError(

@@ -73,6 +73,7 @@ def client_tls(ca: Path | None, cert: Path | None, key: Path | None) -> ssl.SSLC
     else:
         _load_ca(context, ca)
     if cert is not None and key is not None:
+        check_private(key, "TLS key")
         _load_chain(context, cert, key)
     return context
 
@@ -129,14 +130,13 @@ async def serve(
 async def _sweep(runner: web.AppRunner, router: Router) -> None:
     """Close connections that send no request, or half of one: aiohttp itself waits for them without end."""
     limit = router.settings.connection_timeout
-    since: dict[object, float] = {}
     while True:
         await asyncio.sleep(limit / 4)
         connections = runner.server.connections if runner.server is not None else []
         now = asyncio.get_running_loop().time()
-        since = {c: since.get(c, now) for c in connections if c not in router.busy}
+        router.quiet = {c: router.quiet.get(c, now) for c in connections if c not in router.busy}
         for connection in connections:
-            if now - since.get(connection, now) >= limit:
+            if now - router.quiet.get(connection, now) >= limit:
                 connection.force_close()
                 if connection.transport is not None:
                     connection.transport.abort()

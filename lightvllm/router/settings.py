@@ -31,7 +31,9 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         models: known although no replica has them yet: requests for them are held.
         paths: what is routed by the body's ``model``.
-        max_request_bytes: longest body; more is 413. A body is kept in memory until the answer begins.
+        max_request_bytes: longest body; more is 413.
+        max_body_memory: bytes of all bodies together, which are kept until their answers begin, and of answers that are
+            kept until they are complete. A request beyond it is 503; an answer is passed on at once.
         body_timeout: within which a body must have come in full; then 408.
         connection_timeout: how long a client's connection may stay without a complete request.
         max_buffered_bytes: an answer that is no stream is passed on in one piece up to this size, so that it can be
@@ -67,6 +69,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()
     paths: tuple[str, ...] = PATHS
     max_request_bytes: int = 32 * MiB
+    max_body_memory: int = 1024 * MiB
     body_timeout: float = 60.0
     connection_timeout: float = 75.0
     max_buffered_bytes: int = 8 * MiB
@@ -98,6 +101,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
             self._at_least(name, 1)
         for name in ("max_buffered_bytes", "affinity_bytes", "affinity_slack", "max_in_flight", "max_held"):
             self._at_least(name, 0)
+        self._at_least("max_body_memory", self.max_request_bytes)
         self._at_least("balance_factor", 1)
         for name in ("hold_timeout", "drain_timeout", "keepalive", "max_ejection", "retry_timeout"):
             self._at_least(name, 0)

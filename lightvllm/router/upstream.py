@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import ssl
-from collections.abc import Mapping
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
@@ -83,7 +82,7 @@ class Upstream:
             if session is not None:
                 await session.close()
 
-    def headers(self, received: Mapping[str, str], peer: str, request_id: str) -> CIMultiDict[str]:
+    def headers(self, received: CIMultiDictProxy[str], peer: str, request_id: str) -> CIMultiDict[str]:
         """What a replica is sent: the client's headers without those that are not for it, and the router's own."""
         headers = _without(received, _NOT_UPSTREAM)
         headers.update(self._own)
@@ -165,8 +164,8 @@ def downstream_headers(received: CIMultiDictProxy[str], request_id: str) -> CIMu
     return headers
 
 
-def _without(received: Mapping[str, str], dropped: set[str]) -> CIMultiDict[str]:
-    if connection := received.get("Connection"):
+def _without(received: CIMultiDictProxy[str], dropped: set[str]) -> CIMultiDict[str]:
+    for connection in received.getall("Connection", ()):  # it may be there more than once
         dropped = dropped | {name.strip().lower() for name in connection.split(",")}
     return CIMultiDict((name, value) for name, value in received.items() if name.lower() not in dropped)
 
