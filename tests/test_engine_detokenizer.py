@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,6 +110,37 @@ def test_a_stop_string_counts_only_after_min_tokens(tokenizer: Tokenizer) -> Non
     ids = tokenizer.encode("axbxcx")
     assert feed(tokenizer, ids, stop="x", min_tokens=2)[1] == "axb"
     assert feed(tokenizer, ids, stop="x", min_tokens=4)[1] == "axbxc"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3), st.text("ab", max_size=30), st.data())
+def test_what_is_held_back_is_the_longest_beginning_of_a_stop_string(
+    tokenizer: Tokenizer, stops: list[str], text: str, data: st.DataObject
+) -> None:
+    """``min_tokens`` lets stop strings go by, so that the text goes on."""
+    params = SamplingParams(max_tokens=None, stop=stops, min_tokens=1000)
+    detokenizer, begun = Detokenizer(tokenizer, params), ""
+    beginnings = {stop[:length] for stop in stops for length in range(1, len(stop))}
+    for token_id in tokenizer.encode(text):
+        detokenizer.append(token_id)
+        begun = detokenizer.text
+        if data.draw(st.booleans()):  # nobody may have looked for some tokens
+            held = max((len(one) for one in beginnings if begun.endswith(one)), default=0)
+            assert detokenizer.visible == begun[: len(begun) - held]
+    assert begun == text
+
+
+def test_a_long_stop_string_takes_no_more_memory_than_itself(tokenizer: Tokenizer) -> None:
+    (token_id,) = tokenizer.encode("a")
+    params = SamplingParams(max_tokens=None, stop="a" * 5000 + "b")
+    tracemalloc.start()
+    detokenizer = Detokenizer(tokenizer, params)
+    for _ in range(100):
+        detokenizer.append(token_id)
+        assert detokenizer.visible == ""
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
 
 
 def test_a_stop_string_may_be_made_of_byte_tokens(tokenizers: list[Tokenizer]) -> None:

@@ -25,7 +25,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_token_ids if sampling.skip_special_tokens else frozenset()
         self._stops = tuple(sampling.stop or ())
-        self._beginnings = tuple({stop[:length] for stop in self._stops for length in range(1, len(stop))})
+        self._starts = [0] * len(self._stops)  # before there, no stop string begins that is not complete
         self._include_stop = sampling.include_stop_str_in_output
         self._min_tokens = sampling.min_tokens
         self._num_tokens = 0
@@ -38,15 +38,22 @@ class Detokenizer:
     @property
     def visible(self) -> str:
         """As much of ``text`` as will certainly be in the final text; it only ever grows."""
-        if self._ended or self._include_stop or not self.text.endswith(self._beginnings):
+        if self._ended or self._include_stop or not self._stops:
             return self.text
-        held = 0
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(self.text)), held, -1):
-                if self.text.endswith(stop[:length]):
-                    held = length
-                    break
-        return self.text[: len(self.text) - held]
+        held_from = self._held_from()
+        return self.text if held_from == len(self.text) else self.text[:held_from]
+
+    def _held_from(self) -> int:
+        """Where what may become a stop string begins; the text's end if nothing may. Each place fails once."""
+        text, end = self.text, len(self.text)
+        for index, stop in enumerate(self._stops):
+            at = max(self._starts[index], end - len(stop) + 1)
+            while at < end and not stop.startswith(text[at:]):
+                at = text.find(stop[0], at + 1)
+                if at < 0:
+                    at = end
+            self._starts[index] = min(at, end)
+        return min(self._starts)
 
     def append(self, token_id: int) -> str | None:
         """Take the next token."""
