@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -161,3 +162,13 @@ def test_ids_are_what_the_templates_take() -> None:
     assert first_id("hermes").startswith("call_")
     assert len(first_id("mistral")) == 9
     assert first_id("mistral").isalnum()
+
+
+@pytest.mark.parametrize("tool_format", PARSERS)
+def test_long_arguments_are_read_in_linear_time(tool_format: ToolFormat) -> None:
+    begun = time.process_time()
+    parser = PARSERS[tool_format](("f",))
+    parsed = parser.feed(write_calls(tool_format, [("f", {"x": "a" * 1_000_000})]))
+    parser.finish()
+    assert sum(len(call.arguments) for call in parsed.calls) > 1_000_000
+    assert time.process_time() - begun < 10  # a text that is copied for each of its characters takes minutes

@@ -14,23 +14,23 @@ class JsonCall:
     """Feed it until it is ``done`` or ``broken``. The arguments are given on as the model writes them, unparsed.
 
     Attributes:
-        raw: all characters taken.
         name: the function's, once it is known.
         done: the object is complete.
         broken: it is no call: not JSON, a key that calls do not have, a name that is no text.
     """
 
     def __init__(self) -> None:
-        self.raw = ""
+        # What grows by a character at a time is kept in lists: texts would be copied whole each time.
+        self._raw: list[str] = []
         self.name: str | None = None
         self.done = False
         self.broken = False
-        self._arguments = ""
+        self._arguments: list[str] = []
         self._any_arguments = False
         self._bare = False
         self._state: Literal["start", "key", "in_key", "colon", "value", "string", "container", "scalar"] = "start"
         self._key = ""
-        self._token = ""  # the key or the value being read
+        self._token: list[str] = []  # the key or the value being read
         self._depth = 0
         self._quoted = False
         self._escaped = False
@@ -42,9 +42,15 @@ class JsonCall:
         call.name, call._key, call._state, call._bare = name, "arguments", "value", True
         return call
 
+    @property
+    def raw(self) -> str:
+        """All characters taken."""
+        return "".join(self._raw)
+
     def take(self) -> str:
         """New text of the arguments; complete ones are never empty."""
-        text, self._arguments = self._arguments, ""
+        text = "".join(self._arguments)
+        self._arguments.clear()
         if self.done and not self._any_arguments:
             text, self._any_arguments = "{}", True
         return text
@@ -54,7 +60,7 @@ class JsonCall:
         for position, char in enumerate(text):
             if self.done or self.broken:
                 return position
-            self.raw += char
+            self._raw.append(char)
             self._take(char)
         return len(text)
 
@@ -67,7 +73,7 @@ class JsonCall:
                     self.broken = True
             case "key":
                 if char == '"':
-                    self._state, self._token = "in_key", char
+                    self._state, self._token = "in_key", [char]
                 elif char == "}":
                     self.done, self.broken = self.name is not None, self.name is None
                 elif char not in _SPACE and char != ",":
@@ -95,10 +101,10 @@ class JsonCall:
                     if not self.broken:
                         self._take(char)
                 else:
-                    self._token += char
+                    self._token.append(char)
 
     def _begin_value(self, char: str) -> None:
-        self._token = char
+        self._token = [char]
         if char == '"':
             self._state = "string"
         elif char in "{[":
@@ -126,12 +132,12 @@ class JsonCall:
         elif char in "}]":
             self._depth -= 1
             if not self._depth:
-                self._token = "[]"  # its content is no business of ours
+                self._token = ["[]"]  # its content is no business of ours
                 self._end_value()
 
     def _string(self, char: str) -> bool:
         """Whether the string ends here."""
-        self._token += char
+        self._token.append(char)
         if self._escaped:
             self._escaped = False
         elif char == "\\":
@@ -154,11 +160,11 @@ class JsonCall:
 
     def _parsed(self) -> object:
         try:
-            return json.loads(self._token, strict=False)
+            return json.loads("".join(self._token), strict=False)
         except ValueError:
             self.broken = True
             return None
 
     def _argue(self, text: str) -> None:
-        self._arguments += text
+        self._arguments.append(text)
         self._any_arguments |= bool(text)
