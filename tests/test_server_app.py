@@ -11,6 +11,7 @@ import pytest
 from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
 from scripted_client import ScriptedClient
+from served_app import served
 
 from lightvllm.engine.protocol import EngineClient
 from lightvllm.errors import RpcTimeout
@@ -157,6 +158,18 @@ def test_below_a_proxys_path():
     for path in ("/v1/gated", "/llm/v1/gated", "/llm/version", "/llmhealth"):
         assert client.get(path).status_code == 401, path
     assert client.get("/openapi.json").json()["servers"] == [{"url": "/llm"}]
+
+
+@pytest.mark.parametrize("path", ["/health", "/live", "/ping"])
+def test_probes_by_head(path):
+    engine = ScriptedClient(state="ready")
+    with served(app_of(engine)) as server:
+        answer = httpx.head(f"{server.url}{path}")
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert answer.headers["cache-control"] == "no-store"
+        engine.state, engine.failure = "failed", "it broke"
+        answer = httpx.head(f"{server.url}{path}")
+        assert (answer.status_code, answer.content) == (503, b"")
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "DELETE", "POST", "BREW"])

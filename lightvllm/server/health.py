@@ -3,7 +3,8 @@
 ``/health`` is 200 only while a request could be answered: the engine is ready, no rank is dead, nobody is shutting
 down. It costs a look at what the engine has told, so it can be asked at any rate; ``?deep=true`` has every worker
 answer, which one check at a time does for all who ask. ``/live`` is 503 only when a restart of the process is what
-helps: after the engine has failed. It stays 200 while the model loads or requests are finished before the end.
+helps: after the engine has failed. It stays 200 while the model loads or requests are finished before the end. The
+three may be asked by HEAD, too; the server then sends no body.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {
 }
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses=_NOT_READY, summary="Readiness")
 async def health(
     request: Request,
@@ -81,11 +83,13 @@ async def health(
     return Health(status=phase, reason=reason, dead_ranks=dead)
 
 
+@router.head("/ping", include_in_schema=False)
 @router.get("/ping", responses=_NOT_READY, summary="Readiness, as Amazon SageMaker asks for it")
 async def ping(request: Request, response: Response) -> Health:
     return await health(request, response)
 
 
+@router.head("/live", include_in_schema=False)
 @router.get("/live", responses={503: {"model": Liveness, "description": "The engine has failed."}}, summary="Liveness")
 async def live(request: Request, response: Response) -> Liveness:
     lifecycle: Lifecycle = request.app.state.lifecycle
