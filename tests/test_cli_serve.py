@@ -87,7 +87,7 @@ def test_choices_are_the_logs():
 
 def test_keys_come_from_everywhere(tmp_path):
     file = tmp_path / "keys"
-    file.write_text("# ours\nfile-1\n\n  file-2 \n")
+    file.write_text("# ours\n  #old\nfile-1\n\n  file-2 \n")
     file.chmod(0o600)
 
     def keys(environment: str | None = None, **options: object) -> list[str]:

@@ -236,6 +236,9 @@ def test_connections_are_bounded(hasty):
     connections = [connection_to(hasty.url) for _ in range(40)]
     try:
         wait_until(lambda: hasty.seen("more than 20 connections"), "the server says so", limit=10)
+        for connection in connections[20:]:
+            assert closed_after(connection) < 10
+        assert hasty.text.count("more than 20 connections") == 1, "a flood of connections is not one of lines"
     finally:
         for connection in connections:
             connection.close()

@@ -226,8 +226,8 @@ class ServerOptions:
             from lightvllm.server.listen import check_private
 
             check_private(self.api_key_file, "API key file")
-            lines = _text(self.api_key_file, "--api-key-file").splitlines()
-            from_file = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+            lines = [line.strip() for line in _text(self.api_key_file, "--api-key-file").splitlines()]
+            from_file = [line for line in lines if line and not line.startswith("#")]
             if not from_file:
                 raise ConfigError(f"--api-key-file {self.api_key_file} holds no key; put one on each line")
             keys += from_file

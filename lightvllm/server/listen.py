@@ -11,10 +11,12 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import math
 import os
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from lightvllm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+COMPLAINT_SECONDS = 10.0
+"""Between two lines of the log that say that there are too many connections."""
 
 
 class ListenSettings(BaseModel):
@@ -181,13 +186,14 @@ def guarded_protocol(settings: ListenSettings) -> type[asyncio.Protocol]:
         from uvicorn.protocols.http.h11_impl import H11Protocol as base
 
     class GuardedProtocol(base):  # type: ignore[misc]
+        _complained = -math.inf  # when; of all connections
         _header_timer: asyncio.TimerHandle | None = None
         _write_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             if len(self.connections) > settings.max_connections:
-                logger.warning("more than %d connections; a new one is closed", settings.max_connections)
+                self._complain()
                 transport.abort()
                 return
             self._expect_headers(settings.header_timeout)
@@ -211,6 +217,12 @@ def guarded_protocol(settings: ListenSettings) -> type[asyncio.Protocol]:
             if self._write_timer is not None:
                 self._write_timer.cancel()
             super().resume_writing()
+
+        def _complain(self) -> None:
+            now = time.monotonic()
+            if now - GuardedProtocol._complained >= COMPLAINT_SECONDS:  # a flood of connections is not one of lines
+                GuardedProtocol._complained = now
+                logger.warning("more than %d connections; new ones are closed", settings.max_connections)
 
         def _expect_headers(self, seconds: float) -> None:
             if self._header_timer is not None:
