@@ -102,7 +102,7 @@ def test_the_files_of_the_page_are_served_and_packaged() -> None:
         assert not re.search(r"(?:src|href|url)\s*[=(]\s*[\"']?(?:https?:)?//", answer.text), "nothing from elsewhere"
         assert not re.search(r"\son\w+=|style=", answer.text.split("<script")[0]), "nothing that the policy forbids"
     files = {entry.name for entry in resources.files("lightvllm.server").joinpath("static").iterdir()}
-    assert files == {each.removeprefix("static/") for each in linked} | {"status.html"}
+    assert files == {each.removeprefix("static/") for each in linked} | {"status.html", "docs.html", "docs.js"}
     for name in ("../app.py", "%2e%2e%2fapp.py", "status.html", "app.py", ""):
         assert client.get(f"/static/{name}").status_code == 404
 
