@@ -460,6 +460,25 @@ def test_an_interrupted_wait_can_be_taken_up_again() -> None:
     assert len(executor.steps) == 3
 
 
+@pytest.mark.parametrize("method", ["schedule", "update"])
+def test_an_engine_that_is_interrupted_while_it_plans_or_takes_in_a_step_says_so(method: str) -> None:
+    e, _ = engine(scrambled(200))
+    e.add_request("a", [5], SamplingParams(max_tokens=3, ignore_eos=True))
+    real = getattr(e.scheduler, method)
+
+    def interrupted(*given: object) -> None:
+        real(*given)
+        raise KeyboardInterrupt
+
+    setattr(e.scheduler, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        e.step()
+    setattr(e.scheduler, method, real)
+    with pytest.raises(LightvllmError, match="the engine stopped after KeyboardInterrupt"):
+        e.step()
+    assert e.abort("a") is not None
+
+
 def test_after_shutdown_the_engine_says_so() -> None:
     e, executor = engine(scrambled(200))
     e.add_request("a", [5])

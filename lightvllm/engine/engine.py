@@ -11,9 +11,11 @@ equal batches.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future
 
 from lightvllm.config import EngineConfig
@@ -199,10 +201,10 @@ class LLMEngine:
         try:
             self._fill()
             if self._in_flight:
-                oldest = self._in_flight[0]
-                output = oldest.future.result(self.executor.step_timeout)  # interrupted, a later call waits again
-                self._in_flight.popleft()
-                self._ended += self._finish_step(oldest, output, started)
+                # Interrupted, a later call waits again.
+                output = self._in_flight[0].future.result(self.executor.step_timeout)
+                with self._wholly():
+                    self._ended += self._finish_step(self._in_flight.popleft(), output, started)
         except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
             raise
@@ -257,20 +259,26 @@ class LLMEngine:
         """Plan and send steps until as many are in flight as there may be, or nothing more can be planned."""
         while len(self._in_flight) < self._depth:
             planned = time.perf_counter()
-            batch = self.scheduler.schedule()
-            if batch is None:
-                break
-            now = time.monotonic()
-            for new in batch.step_input.new:
-                metrics = self._requests[self._completions[new.seq_id].seq.request_id].metrics
-                metrics.first_scheduled_time = metrics.first_scheduled_time or now
-            sent = time.perf_counter()
-            try:
+            with self._wholly():
+                batch = self.scheduler.schedule()
+                if batch is None:
+                    break
+                now = time.monotonic()
+                for new in batch.step_input.new:
+                    metrics = self._requests[self._completions[new.seq_id].seq.request_id].metrics
+                    metrics.first_scheduled_time = metrics.first_scheduled_time or now
+                sent = time.perf_counter()
                 future: Future[StepOutput] = self.executor.execute_model(batch.step_input, non_block=True)
-            except BaseException as error:  # an interrupt too: nobody knows how far the step has come
-                self._failure = f"{type(error).__name__}: {error}"
-                raise
-            self._in_flight.append(InFlight(batch, future, planned, sent))
+                self._in_flight.append(InFlight(batch, future, planned, sent))
+
+    @contextlib.contextmanager
+    def _wholly(self) -> Iterator[None]:
+        """What is broken off in here, be it by an interrupt, leaves nobody knowing how far it has come."""
+        try:
+            yield
+        except BaseException as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
 
     def _finish_step(self, step: InFlight, output: StepOutput, started: float) -> list[RequestOutput]:
         """Take in a step's result, and account for it; ``started`` is when the call of ``step`` was made."""
