@@ -198,6 +198,16 @@ def test_a_long_or_intricate_grammar_is_compiled_apart(model: ModelConfig, monke
     assert len(apart) == 3
 
 
+def test_the_compiler_s_process_takes_no_module_from_where_it_is_started(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A server may be started in a folder that others write to."""
+    (tmp_path / "llguidance.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    check_structured(StructuredOutputs(json={"type": "integer", "multipleOf": 3}), model)
+
+
 def test_a_compiler_that_breaks_is_a_refusal(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "sys", type("sys", (), {"executable": "/bin/false", "path": []}))
     with pytest.raises(ConfigError, match="it cannot be compiled"):

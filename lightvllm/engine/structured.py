@@ -117,7 +117,7 @@ def _compiled_apart(question: _Question) -> str:
         raise ConfigError("structured_outputs: too many intricate ones are being compiled; ask again later")
     try:
         done = subprocess.run(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-P", "-m", __name__],
             input=msgspec.json.encode(question),
             capture_output=True,
             timeout=WALL_SECONDS,
