@@ -9,7 +9,7 @@ import pytest
 from scripted_client import ScriptedClient
 
 from lightvllm.server.errors import ApiError
-from lightvllm.server.params import encode
+from lightvllm.server.params import TEXT_PER_TOKEN, encode
 
 
 class Counting:
@@ -49,3 +49,22 @@ def test_what_may_fit_is(client, length, to_fit, longest):
     client.tokenizer.longest_token = longest
     assert len(asyncio.run(encode(client, "x" * length, True, "prompt", to_fit=to_fit))) == length // 4
     assert client.tokenizer.seen == length
+
+
+@pytest.mark.parametrize(("longest", "to_fit"), [(None, True), (None, False), (4, False), (100_000, True)])
+def test_what_would_keep_a_thread_for_long_is_not_tokenized(client, monkeypatch, longest, to_fit):
+    monkeypatch.setattr("lightvllm.server.params.MAX_TEXT", 20_000)
+    client.tokenizer.longest_token = longest
+    asyncio.run(encode(client, "x" * 20_000, True, "prompt", to_fit=to_fit))
+    client.tokenizer.seen = 0
+    with pytest.raises(ApiError, match="20001 characters, of which this server tokenizes 20000 at most") as refused:
+        asyncio.run(encode(client, "x" * 20_001, True, "prompt", to_fit=to_fit))
+    assert (refused.value.status, refused.value.param, client.tokenizer.seen) == (400, "prompt", 0)
+
+
+def test_a_long_context_has_room_for_long_texts(client, monkeypatch):
+    monkeypatch.setattr("lightvllm.server.params.MAX_TEXT", 10)
+    most = client.info.config.model.max_model_len * TEXT_PER_TOKEN
+    asyncio.run(encode(client, "x" * most, True, "prompt"))
+    with pytest.raises(ApiError, match=f"tokenizes {most} at most"):
+        asyncio.run(encode(client, "x" * (most + 1), True, "prompt"))

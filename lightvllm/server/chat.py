@@ -61,14 +61,20 @@ async def create_chat_completion(
     return writer.answer(output)
 
 
+async def chat_text(
+    engine: EngineClient, request: ChatCompletionRequest, settings: ServerSettings, use: ToolUse
+) -> str:
+    """The conversation as the model's chat template writes it."""
+    if len(request.messages) < MANY_MESSAGES:
+        return prompt_text(request, engine, settings, use)
+    return await asyncio.to_thread(prompt_text, request, engine, settings, use)
+
+
 async def chat_prompt(
     engine: EngineClient, request: ChatCompletionRequest, settings: ServerSettings, use: ToolUse
 ) -> TokensPrompt:
     """What the model sees."""
-    if len(request.messages) < MANY_MESSAGES:
-        text = prompt_text(request, engine, settings, use)
-    else:
-        text = await asyncio.to_thread(prompt_text, request, engine, settings, use)
+    text = await chat_text(engine, request, settings, use)
     to_fit = request.truncate_prompt_tokens is None
     ids = await encode(engine, text, bool(request.add_special_tokens), "messages", to_fit=to_fit)
     return {"prompt_token_ids": fit(ids, engine, request, "messages"), "prompt": text}

@@ -26,6 +26,12 @@ from lightvllm.version import __version__
 LONG_TEXT = 4_000
 """Characters from which a text is tokenized in a thread, so that other streams go on meanwhile."""
 
+MAX_TEXT = 4 << 20
+"""Characters that are tokenized whatever the context, about two seconds and some hundred MB: a thread that tokenizes
+cannot be called off. Beyond it, ``TEXT_PER_TOKEN`` for each token of the context."""
+
+TEXT_PER_TOKEN = 16
+
 GREEDY_BELOW = 1e-5
 """Temperatures that are so low that logits divided by them would be out of range (vLLM's bound)."""
 
@@ -106,6 +112,11 @@ async def encode(
             "shorten it",
             param=param,
             code="context_length_exceeded",
+        )
+    most = max(MAX_TEXT, limit * TEXT_PER_TOKEN)
+    if len(text) > most:
+        raise ApiError(
+            400, f"the text has {len(text)} characters, of which this server tokenizes {most} at most", param=param
         )
     try:
         if len(text) < LONG_TEXT:

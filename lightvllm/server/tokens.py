@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from lightvllm.engine.protocol import EngineClient
+from lightvllm.server.chat import chat_text
 from lightvllm.server.chat_protocol import MAX_MESSAGES, MAX_TOOLS, ChatCompletionRequest, ChatMessage, Tool
-from lightvllm.server.conversation import prompt_text
 from lightvllm.server.params import LONG_TEXT, check_model, encode
 from lightvllm.server.protocol import ONE_ERROR, AnswerModel, RequestModel, TokenId
 from lightvllm.server.settings import ServerSettings
@@ -60,7 +60,7 @@ async def tokenize(
     else:
         shared = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
         chat = ChatCompletionRequest.model_validate({name: getattr(request, name) for name in shared})
-        text = prompt_text(chat, engine, settings, tool_use(chat, engine, settings, None))
+        text = await chat_text(engine, chat, settings, tool_use(chat, engine, settings, None))
         ids = await encode(engine, text, request.add_special_tokens, "messages")
     strings = [engine.tokenizer.token(i) or "" for i in ids] if request.return_token_strs else None
     return TokenizeResponse(
