@@ -51,7 +51,9 @@ class CompletionOutput:
         self.text += later.text
         self.token_ids += later.token_ids
         if later.logprobs is not None:
-            self.logprobs = [*(self.logprobs or ()), *later.logprobs]
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs += later.logprobs
         self.cumulative_logprob = later.cumulative_logprob
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
