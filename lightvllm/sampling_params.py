@@ -176,8 +176,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             need(isinstance(value, kind) and isinstance(value, bool) == (kind is bool), name, f"expected {_said(kind)}")
-        for name in ("top_k", "seed", "max_tokens"):
-            need((getattr(self, name) or 0).bit_length() < 64, name, "use a number of at most 64 bits")
+            need(not isinstance(value, int) or value.bit_length() < 64, name, "use a number of at most 64 bits")
         need(self.n >= 1, "n", "use 1 or more")
         need(finite("temperature") and self.temperature >= 0, "temperature", "use 0 (greedy) or a positive number")
         need(finite("top_p") and 0 < self.top_p <= 1, "top_p", "use a number in (0, 1]")
