@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Literal, TextIO, cast, get_args
@@ -24,6 +26,8 @@ LOG_LEVELS: tuple[str, ...] = get_args(LogLevel)
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Of the request that is being answered, wherever something is logged for it; empty outside requests."""
+
+_SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 ENVIRONMENT = "LIGHTVLLM_LOG"
 """Tells the processes that this one starts how to log: ``FORMAT:LEVEL``, or nothing."""
@@ -67,6 +71,12 @@ def inherit(**fields: Any) -> None:
     if log_format in LOG_FORMATS and level in LOG_LEVELS:
         configure(cast(LogFormat, log_format), cast(LogLevel, level), **fields)
         _process_fields.setdefault("pid", os.getpid())
+
+
+def accepted_id(given: str) -> str:
+    """The id of a request whose client calls it ``given``: that, if it can forge neither lines of log nor headers (at
+    most 128 letters, digits and ``._:-``), else a new one."""
+    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def add_fields(**fields: Any) -> None:

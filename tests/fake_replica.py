@@ -15,8 +15,8 @@ import aiohttp
 from aiohttp import web
 from waiting import LIMIT
 
+from lightvllm.keys import ApiKeys
 from lightvllm.router.app import ROUTER, Router, create_app
-from lightvllm.router.keys import ApiKeys
 from lightvllm.router.settings import RouterSettings
 from lightvllm.router.sources import Source, StaticList
 from lightvllm.router.upstream import Upstream

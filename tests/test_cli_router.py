@@ -24,7 +24,7 @@ from waiting import LIMIT
 from lightvllm.backends.k8s import labels
 from lightvllm.cli.main import app, main
 from lightvllm.errors import ConfigError
-from lightvllm.router.keys import ApiKeys, read_key
+from lightvllm.keys import ApiKeys, read_word
 from lightvllm.router.memory import Memory
 from lightvllm.router.metrics import Metrics
 from lightvllm.router.pool import Pool
@@ -88,9 +88,9 @@ def test_what_cannot_be_is_refused_in_one_line(options, words, refused):
 
 def test_keys_must_be_private_and_are_not_sent_in_the_clear(tmp_path, refused):
     keys = private(tmp_path / "keys", "# ours\nfirst\n\nsecond\n")
-    assert all(ApiKeys.read(keys).allow(f"Bearer {key}") for key in ("first", "second"))
-    assert not ApiKeys.read(keys).allow("Bearer # ours")
-    assert read_key(private(tmp_path / "key", "one\n")) == "one"
+    assert [ApiKeys.read(keys).find(f"Bearer {key}") for key in ("first", "second")] == [1, 2]
+    assert ApiKeys.read(keys).find("Bearer # ours") is None
+    assert read_word(private(tmp_path / "key", "one\n"), "key") == "one"
     line = refused("--backend", "http://10.0.0.1", "--backend-api-key-file", tmp_path / "key")
     assert "would cross the network in the clear" in line
     keys.chmod(0o644)
@@ -99,7 +99,7 @@ def test_keys_must_be_private_and_are_not_sent_in_the_clear(tmp_path, refused):
         assert words in refused("--backend", "http://a", "--api-key-file", private(tmp_path / "wrong", text))
     with pytest.raises(ConfigError, match=r"TLS key .* is open to others"):
         client_tls(None, keys, keys)
-    assert "must hold one key" in refused(
+    assert "must hold one word" in refused(
         "--backend", "http://a", "--backend-api-key-file", private(tmp_path / "wrong", "a\nb")
     )
 

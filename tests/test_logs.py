@@ -111,3 +111,12 @@ logging.getLogger("lightvllm.x").warning("with one")
     assert len(says({logs.ENVIRONMENT: "json:error"})) == 0
     for nothing_said in ({}, {logs.ENVIRONMENT: "rubbish"}, {logs.ENVIRONMENT: "json:loud"}):
         assert says(nothing_said) == ["with one"], "as Python does by itself"
+
+
+@pytest.mark.parametrize("given", ["", ".first", "a b", "a\n", "ä", "x" * 129])
+def test_an_id_that_could_forge_something_is_not_taken(given: str) -> None:
+    assert re.fullmatch(r"[0-9a-f]{32}", logs.accepted_id(given))
+
+
+def test_a_sane_id_is_taken() -> None:
+    assert logs.accepted_id("0.my_id:1-" + "x" * 118) == "0.my_id:1-" + "x" * 118

@@ -9,7 +9,7 @@ import json
 import pytest
 from fake_replica import FakeReplica, replicas, routing, until
 
-from lightvllm.router.keys import ApiKeys
+from lightvllm.keys import ApiKeys
 from lightvllm.router.sources import StaticList
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import ssl
 import stat
@@ -17,7 +16,7 @@ from waiting import wait_until
 
 from lightvllm.certs import Authority
 from lightvllm.errors import ConfigError
-from lightvllm.server.listen import ListenSettings, bind, check_private, closing, tls_context, url
+from lightvllm.server.listen import ListenSettings, bind, closing, tls_context, url
 
 
 def test_a_free_port_is_told():
@@ -126,20 +125,6 @@ def test_wrong_tls(given, words, certificates):
     paths = {name: value if name == "ssl_cert_reqs" else str(certificates / value) for name, value in given.items()}
     with pytest.raises(ConfigError, match=words):
         tls_context(ListenSettings(**paths))
-
-
-def test_secrets_of_another_user_may_be_readable_by_our_group(tmp_path, monkeypatch):
-    """As Kubernetes mounts them for a pod with fsGroup."""
-    path = tmp_path / "key"
-    path.write_text("x")
-    path.chmod(0o640)
-    with pytest.raises(ConfigError, match="open to others"):
-        check_private(path, "key")
-    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
-    check_private(path, "key")
-    path.chmod(0o644)
-    with pytest.raises(ConfigError, match="defaultMode: 0400"):
-        check_private(path, "key")
 
 
 def test_tls_round_trip(certificates):

@@ -10,13 +10,13 @@ import ipaddress
 import os
 import secrets
 import ssl
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
 from lightvllm.errors import ConfigError
+from lightvllm.keys import read_word
 
 _AUTHORIZATION = "authorization"
 
@@ -33,29 +33,8 @@ class Token:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Token:
-        """The token in the file ``path``. Raises ConfigError if it is missing, empty, malformed or open to others.
-
-        A file of one's own must be open to nobody else; another's (a Kubernetes Secret's, which the kubelet mounts for
-        the pod's group) must not be open to all.
-        """
-        try:
-            status = os.stat(path)
-            text = Path(path).read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "expected ASCII text"
-            raise ConfigError(f"token file {os.fspath(path)}: {reason}") from None
-        forbidden = 0o077 if status.st_uid == os.geteuid() else 0o007
-        if status.st_mode & forbidden:
-            raise ConfigError(
-                f"token file {os.fspath(path)} is open to others (mode {stat.S_IMODE(status.st_mode):04o}); "
-                f"run: chmod 600 {os.fspath(path)}"
-            )
-        if not text or not text.isprintable() or " " in text:
-            raise ConfigError(
-                f"token file {os.fspath(path)} must hold one word; make one with: "
-                "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
-            )
-        return cls(text)
+        """The token in the file ``path``. Raises ConfigError if it is missing, empty, malformed or open to others."""
+        return cls(read_word(path, "token file"))
 
     def reveal(self) -> str:
         """The text, for the bootstrap pipe of a child process and nothing else."""

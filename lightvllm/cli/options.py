@@ -32,6 +32,25 @@ _UNITS = {"": 1} | {
 }
 
 
+def read_chat_template(path: Path | None) -> str | None:
+    """The text of ``--chat-template``, if there is one. Raises ConfigError if it cannot be read or is no template."""
+    if path is None:
+        return None
+    from lightvllm.engine.tokenizer import compile_chat_template
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read --chat-template {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--chat-template {path} is no text in UTF-8") from None
+    try:
+        compile_chat_template(text)
+    except ConfigError as error:
+        raise ConfigError(f"--chat-template {path}: {error}") from None
+    return text
+
+
 def parse_bytes(text: str) -> int:
     """``"1GiB"``, ``"512 MiB"``, ``"2GB"`` or ``"1048576"`` to bytes; a usage error for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())

@@ -257,8 +257,8 @@ def router(
     except ModuleNotFoundError as missing:
         raise MissingExtra(str(missing.name), "server", "lightvllm router") from None
     from lightvllm import logs
+    from lightvllm.keys import ApiKeys, read_word
     from lightvllm.router.app import create_app
-    from lightvllm.router.keys import ApiKeys, read_key
     from lightvllm.router.run import check_listener, client_tls, serve, server_tls
     from lightvllm.router.settings import PATHS, RouterSettings
     from lightvllm.router.sources import BackendsFile, CheckedUrl, from_options
@@ -298,7 +298,7 @@ def router(
     keys = ApiKeys() if api_key_file is None else ApiKeys.read(api_key_file)
     check_listener(host, authenticated=bool(keys) or ssl_ca_certs is not None or allow_unauthenticated)
     tls = server_tls(ssl_certfile, ssl_keyfile, ssl_ca_certs)
-    key = None if backend_api_key_file is None else read_key(backend_api_key_file)
+    key = None if backend_api_key_file is None else read_word(backend_api_key_file, "backend API key file")
     if key is None and backend_plaintext:
         raise ConfigError("--backend-plaintext is about --backend-api-key-file, which is not given; leave it out")
     check = CheckedUrl(key is not None, backend_plaintext)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lightvllm.cli.options import EngineOptions, Executor, with_engine_options
+from lightvllm.cli.options import EngineOptions, Executor, read_chat_template, with_engine_options
 from lightvllm.cli.terminal import status
 from lightvllm.errors import ConfigError, MissingExtra
 
@@ -83,7 +83,7 @@ def run_batch(
     if not all(names):
         raise ConfigError("--served-model-name is empty; give a name, or leave it out")
     settings = ServerSettings(
-        served_model_names=names, chat_template=_read(chat_template), tool_call_parser=tool_call_parser
+        served_model_names=names, chat_template=read_chat_template(chat_template), tool_call_parser=tool_call_parser
     )
     with Batch(source, target, names[0], overwrite=overwrite) as batch:
         if batch.counts.before:
@@ -155,13 +155,6 @@ async def _until_signal(work: Callable[[], Awaitable[None]]) -> int | None:
         return received[0]
     task.result()
     return None
-
-
-def _read(path: Path | None) -> str | None:
-    try:
-        return None if path is None else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read --chat-template {path}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lightvllm.cli.options import parse_bytes
+from lightvllm.cli.options import parse_bytes, read_chat_template
 from lightvllm.errors import ConfigError
+from lightvllm.keys import read_keys
 
 if TYPE_CHECKING:
     from lightvllm.server.listen import ListenSettings
@@ -181,19 +182,15 @@ class ServerOptions:
         """
         from pydantic import ValidationError
 
-        from lightvllm.engine.tokenizer import compile_chat_template
         from lightvllm.server.settings import RateLimit, ServerSettings
         from lightvllm.server.tools import check_format
 
         check_format(self.tool_call_parser)
-        chat_template = None if self.chat_template is None else _text(self.chat_template, "--chat-template")
-        if chat_template is not None:
-            compile_chat_template(chat_template)
         try:
             return ServerSettings(
                 served_model_names=tuple(self.served_model_name or [model]),
                 response_role=self.response_role,
-                chat_template=chat_template,
+                chat_template=read_chat_template(self.chat_template),
                 tool_call_parser=self.tool_call_parser,
                 max_logprobs=self.max_logprobs,
                 request_timeout=self.timeout,
@@ -223,21 +220,5 @@ class ServerOptions:
     def _keys(self, environment: str | None) -> tuple[str, ...]:
         keys = list(self.api_key or ())
         if self.api_key_file is not None:
-            from lightvllm.server.listen import check_private
-
-            check_private(self.api_key_file, "API key file")
-            lines = [line.strip() for line in _text(self.api_key_file, "--api-key-file").splitlines()]
-            from_file = [line for line in lines if line and not line.startswith("#")]
-            if not from_file:
-                raise ConfigError(f"--api-key-file {self.api_key_file} holds no key; put one on each line")
-            keys += from_file
+            keys += read_keys(self.api_key_file)
         return tuple(keys or (environment or "").split())
-
-
-def _text(path: Path, option: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read {option} {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{option} {path} is no text in UTF-8") from None

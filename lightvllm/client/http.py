@@ -18,6 +18,7 @@ import httpx2
 import msgspec
 
 from lightvllm.errors import AuthError, ConfigError, LightvllmError, RpcTimeout, ServerError
+from lightvllm.keys import is_sendable
 
 RETRIED = (429, 503)
 """The server is busy, or not ready: it has done nothing, and may later."""
@@ -79,7 +80,7 @@ class Http:
             raise ConfigError("base_url holds a name or a password; use http://host:port/v1, and api_key for the key")
         if url.scheme not in ("http", "https") or not url.host:
             raise ConfigError(f"base_url={base_url!r} is not usable; use http://host:port/v1")
-        if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        if api_key and not is_sendable(api_key):
             raise ConfigError("api_key cannot be sent in a header; use printable ASCII without spaces")
         self.url = url.copy_with(path="/v1") if url.path in ("", "/") else url
         self.timeout = timeout

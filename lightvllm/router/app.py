@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 
-from lightvllm.logs import request_id
+from lightvllm.keys import ApiKeys
+from lightvllm.logs import accepted_id, request_id
 from lightvllm.router.health import Prober
-from lightvllm.router.keys import ApiKeys
 from lightvllm.router.metrics import CONTENT_TYPE, Metrics
 from lightvllm.router.pool import Pool
 from lightvllm.router.proxy import Proxy
@@ -39,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 _OPEN = {"/health", "/version"}
 _MEASURES = {"/metrics", "/queue.json"}
-_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -87,8 +84,7 @@ class Router:
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """The request's id, the client's key, errors in OpenAI's shape."""
-        given = request.headers.get("X-Request-Id", "")
-        name = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        name = accepted_id(request.headers.get("X-Request-Id", ""))
         request_id.set(name)  # each connection's task handles one request after another
         task = asyncio.current_task()
         assert task is not None
@@ -126,7 +122,7 @@ class Router:
         if path in _OPEN:
             return
         is_open = path in _MEASURES and self.settings.metrics_without_key
-        if not is_open and not self.keys.allow(request.headers.get("Authorization")):
+        if not is_open and self.keys and self.keys.find(request.headers.get("Authorization")) is None:
             raise ApiError(
                 401,
                 "no valid API key; send one as 'Authorization: Bearer KEY'",

@@ -22,8 +22,8 @@ from aiohttp import web
 
 from lightvllm.backends.k8s.security import is_loopback
 from lightvllm.errors import ConfigError
+from lightvllm.keys import check_private
 from lightvllm.router.app import ROUTER, Router
-from lightvllm.router.keys import check_private
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from lightvllm.engine.protocol import EngineClient
+from lightvllm.keys import ApiKeys
 from lightvllm.server import api, docs, errors, health, metrics, openapi, status
 from lightvllm.server.access import Access
 from lightvllm.server.lifecycle import Lifecycle
 from lightvllm.server.metrics import Metrics
-from lightvllm.server.middleware import ApiKeys, RequestBodies, RequestContext, RootPath
+from lightvllm.server.middleware import Authentication, RequestBodies, RequestContext, RootPath
 from lightvllm.server.observed import ObservedEngine
 from lightvllm.server.rate_limit import RateLimiter
 from lightvllm.server.settings import ServerSettings
@@ -102,7 +103,8 @@ def _middleware(settings: ServerSettings) -> list[Middleware]:
             )
         )
     if settings.api_keys:
-        chain.append(Middleware(ApiKeys, settings.api_keys, metrics_without_key=settings.metrics_without_key))
+        keys = ApiKeys(key.get_secret_value() for key in settings.api_keys)
+        chain.append(Middleware(Authentication, keys, metrics_without_key=settings.metrics_without_key))
     if settings.rate_limit is not None:
         chain.append(Middleware(RateLimiter, settings.rate_limit, settings.max_rate_limit_clients))
     chain.append(Middleware(RequestBodies, settings.max_request_bytes, settings.body_timeout))

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import http
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -38,21 +37,12 @@ from lightvllm.errors import (
     WorkerDied,
     WorkerError,
 )
+from lightvllm.openai_errors import OpenAIError
 
 logger = logging.getLogger(__name__)
 
 MAX_REPORTED_ERRORS = 3
 """Of one request body; a wrong list of a thousand messages is not told a thousand times."""
-
-_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    501: "not_implemented_error",
-    503: "service_unavailable_error",
-}
 
 
 class ErrorDetail(BaseModel):
@@ -74,47 +64,8 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
-class ApiError(Exception):
-    """An answer to the client that is no success.
-
-    Args:
-        status: the HTTP status.
-        message: one line; what was got, what was expected, what to do.
-        type: OpenAI's kind of error; None takes the one usual for the status.
-        param: the field of the request that is wrong.
-        code: what a program can tell the error by.
-        retry_after: seconds after which it is worth trying again; sent as the header Retry-After, rounded up.
-        headers: more headers of the answer.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        type: str | None = None,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: float | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.type = type or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-        self.param = param
-        self.code = code
-        self.retry_after = retry_after
-        self.headers = dict(headers or {})
-        if retry_after is not None:
-            self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
-
-    def body(self) -> dict[str, Any]:
-        """The error object, ready for JSON; also what a stream sends as its last event."""
-        error = {"message": _encodable(self.message), "type": self.type, "param": self.param, "code": self.code}
-        if self.param is not None:
-            error["param"] = _encodable(self.param)
-        return {"error": error}
+class ApiError(OpenAIError):
+    """An answer of FastAPI's that is no success."""
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
@@ -236,8 +187,3 @@ def _param(location: Sequence[Any]) -> str:
         elif part.isidentifier() and part == part.lower() and part not in ("str", "int", "float", "bool", "none"):
             text += f".{part}" if text else part
     return text
-
-
-def _encodable(text: str) -> str:
-    """Lone surrogates, which a client can send as an escape in JSON, have no UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()

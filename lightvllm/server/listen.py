@@ -18,14 +18,16 @@ import ssl
 import stat
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lightvllm.errors import ConfigError
+from lightvllm.server.heads import bounded_heads
 
 logger = logging.getLogger(__name__)
+
+KiB = 1 << 10
 
 COMPLAINT_SECONDS = 10.0
 """Between two lines of the log that say that there are too many connections."""
@@ -41,6 +43,7 @@ class ListenSettings(BaseModel):
         ssl_certfile, ssl_keyfile: the server's certificate chain and key, PEM; both or none.
         ssl_ca_certs: CAs of clients' certificates, PEM.
         ssl_cert_reqs: whether a client must show a certificate: 0 no, 1 if it has one, 2 yes.
+        max_header_bytes: longest head of a request; more is 431.
         header_timeout: seconds within which a connection must have sent a request's headers.
         write_timeout: seconds that a client may leave its answer unread.
         keep_alive_timeout: seconds that a connection may stay between requests.
@@ -59,6 +62,7 @@ class ListenSettings(BaseModel):
     ssl_keyfile: str | None = None
     ssl_ca_certs: str | None = None
     ssl_cert_reqs: int = Field(default=0, ge=0, le=2)
+    max_header_bytes: int = Field(default=64 * KiB, ge=1024)
     header_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     write_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     keep_alive_timeout: int = Field(default=75, ge=1)
@@ -181,9 +185,11 @@ def guarded_protocol(settings: ListenSettings) -> type[asyncio.Protocol]:
     """uvicorn's protocol over httptools, or over h11 where that is not installed, with its waits bounded."""
     base: Any
     try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as base
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
     except ModuleNotFoundError:
-        from uvicorn.protocols.http.h11_impl import H11Protocol as base
+        from uvicorn.protocols.http.h11_impl import H11Protocol as base  # bounds heads by itself
+    else:
+        base = bounded_heads(HttpToolsProtocol, settings.max_header_bytes)
 
     class GuardedProtocol(base):  # type: ignore[misc]
         _complained = -math.inf  # when; of all connections

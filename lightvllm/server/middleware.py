@@ -1,32 +1,26 @@
 """Plain ASGI middlewares: the request's id, API keys, and how large and slow a body may be.
 
-They see a request before FastAPI does, and answer in OpenAI's shape by themselves. From the outside in:
-``RootPath``, ``RequestContext``, (CORS, Starlette's,) ``ApiKeys``, (``rate_limit.RateLimiter``,) ``RequestBodies``.
+They see a request before FastAPI does, and answer in OpenAI's shape by themselves. From the outside in: ``RootPath``,
+``RequestContext``, (CORS, Starlette's,) ``Authentication``, (``rate_limit.RateLimiter``,) ``RequestBodies``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
-import re
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightvllm import logs
 from lightvllm.errors import Shutdown
+from lightvllm.keys import ApiKeys
 from lightvllm.server.errors import ApiError, as_api_error
 from lightvllm.server.paths import is_open, route_path
 
 logger = logging.getLogger(__name__)
-
-_SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
 class RootPath:
@@ -56,8 +50,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = logs.accepted_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
@@ -89,26 +82,25 @@ class RequestContext:
             logs.request_id.reset(token)
 
 
-class ApiKeys:
+class Authentication:
     """Lets requests pass that bring one of ``keys`` as ``Authorization: Bearer``, and all to open paths.
 
-    Keys are compared by their digests, each of them and in constant time, so that answers tell nothing by how long
-    they take. ``scope["state"]["client"]`` says which key it was, without telling it: ``"key-1"``.
+    ``scope["state"]["client"]`` says which key it was, without telling it: ``"key-1"``.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr], *, metrics_without_key: bool = False) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, *, metrics_without_key: bool = False) -> None:
         self.app = app
-        self._digests = [_digest(key.get_secret_value().encode()) for key in keys]
+        self._keys = keys
         self._metrics_without_key = metrics_without_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_open(route_path(scope), metrics_without_key=self._metrics_without_key):
             await self.app(scope, receive, send)
             return
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        number = self._number(key.strip()) if scheme.lower() == "bearer" else None
+        authorization = Headers(scope=scope).get("authorization", "")
+        number = self._keys.find(authorization)
         if number is None:
-            what = "the API key is not valid" if key else "no API key was sent"
+            what = "the API key is not valid" if authorization.partition(" ")[2] else "no API key was sent"
             answer = ApiError(
                 401,
                 f"{what}; send one as 'Authorization: Bearer KEY'",
@@ -119,14 +111,6 @@ class ApiKeys:
             return
         scope.setdefault("state", {})["client"] = f"key-{number}"
         await self.app(scope, receive, send)
-
-    def _number(self, key: str) -> int | None:
-        digest = _digest(key.encode("latin-1"))  # as headers are decoded
-        found = None
-        for number, known in enumerate(self._digests, 1):
-            if hmac.compare_digest(digest, known):
-                found = number
-        return found
 
 
 class RequestBodies:
@@ -195,7 +179,3 @@ class RequestBodies:
         return ApiError(
             413, f"the body is longer than {self._max_bytes} bytes, the most allowed", code="request_too_large"
         )
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from lightvllm.keys import is_sendable
 from lightvllm.sampling_params import MAX_LOGPROBS
 
 _UNITS = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86400.0}
@@ -97,8 +98,7 @@ class ServerSettings(BaseModel):
     @classmethod
     def _sendable(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         for number, key in enumerate(keys, 1):
-            text = key.get_secret_value()
-            if not text or not text.isascii() or not text.isprintable() or " " in text:
+            if not is_sendable(key.get_secret_value()):
                 raise ValueError(
                     f"API key {number} of {len(keys)} cannot be sent in a header; use printable ASCII without spaces"
                 )
