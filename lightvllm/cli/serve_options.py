@@ -66,6 +66,9 @@ class ListenOptions:
             help="Listen beyond this machine although everybody who can connect may use the model.",
         ),
     ] = False
+    max_header_bytes: Annotated[
+        int, _in(_LIMITS, help="Longest head of a request.", parser=parse_bytes, metavar="SIZE")
+    ] = "64KiB"  # type: ignore[assignment]  # the parser reads the default too
     header_timeout: Annotated[
         float, _in(_LIMITS, help="Seconds until a connection must have sent a request's headers.", min=0.1)
     ] = 30.0
