@@ -18,12 +18,12 @@ import ssl
 import stat
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lightvllm.errors import ConfigError
+from lightvllm.keys import check_private
 from lightvllm.server.heads import bounded_heads
 
 logger = logging.getLogger(__name__)
@@ -163,23 +163,6 @@ def tls_context(settings: ListenSettings) -> ssl.SSLContext | None:
             raise ConfigError(f"cannot read --ssl-ca-certs {authorities}: {error.strerror}") from None
         context.verify_mode = ssl.VerifyMode(settings.ssl_cert_reqs)
     return context
-
-
-def check_private(path: str | os.PathLike[str], what: str) -> None:
-    """Raise ConfigError if a secret's file cannot be read, or others than its owner (and, if that is another user, the
-    group by which we read it) can."""
-    try:
-        status = Path(path).stat()
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"cannot read the {what} {os.fspath(path)}: {error.strerror}") from None
-    forbidden = 0o077 if status.st_uid == os.geteuid() else 0o007
-    if status.st_mode & forbidden:
-        raise ConfigError(
-            f"the {what} {os.fspath(path)} is open to others (mode {stat.S_IMODE(status.st_mode):04o}); run: "
-            f"chmod 600 {os.fspath(path)} (in a Kubernetes Secret volume: defaultMode: 0400)"
-        )
 
 
 def guarded_protocol(settings: ListenSettings) -> type[asyncio.Protocol]:
