@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench-engine · make bench-kernels · make bench-rpc · make bench-carriers · make bench-pipeline · make bench-serve · make load-test · make fuzz · make fuzz-api      (a second time each is quick)
+# make demo · make test · make lint · make bench-engine · make bench-kernels · make bench-rpc · make bench-carriers · make bench-pipeline · make bench-serve · make bench-router · make load-test · make fuzz · make fuzz-api      (a second time each is quick)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO_MODEL := smollm2-135m
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: model demo test lint proto bench-engine bench-kernels bench-rpc bench-carriers bench-pipeline bench-serve load-test fuzz clean
+.PHONY: model demo test lint proto bench-engine bench-kernels bench-rpc bench-carriers bench-pipeline bench-serve bench-router load-test fuzz fuzz-api clean
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; give another with PYTHON=python3.x (3.11 to 3.13)" >&2; exit 1; }
@@ -67,6 +67,10 @@ bench-pipeline: model
 bench-serve: model
 	$(BIN)/python benchmarks/install_vllm.py .venv-vllm
 	$(BIN)/python benchmarks/serve.py compare $(DEMO_MODEL) --vllm-python .venv-vllm/bin/python
+
+# What the router adds to a request and to an event of a stream: through it and directly, interleaved.
+bench-router: $(VENV)/installed
+	$(BIN)/python benchmarks/router.py
 
 # 200 streams for five minutes, of which every tenth client vanishes: nothing is lost, mixed up or left behind.
 load-test: model
