@@ -21,7 +21,7 @@ from waiting import gone, wait_until
 from lightvllm import AsyncLLM, SamplingParams
 from lightvllm.engine import core_process
 from lightvllm.engine.core_process import ProcessCore
-from lightvllm.errors import PlacementError, Shutdown, WorkerDied
+from lightvllm.errors import ConfigError, PlacementError, Shutdown, WorkerDied
 
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 
@@ -130,6 +130,14 @@ async def test_a_process_that_cannot_be_started(folder: Path, monkeypatch: pytes
 
 
 @pytest.mark.asyncio
+async def test_a_path_that_no_message_can_carry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, os.fsdecode(b"/tmp/\xff")])
+    async with asyncio.timeout(5):
+        with pytest.raises(ConfigError, match=r"'/tmp/\\udcff' is no UTF-8.*engine_process=False"):
+            await AsyncLLM.create(folder, **SMALL)
+
+
+@pytest.mark.asyncio
 async def test_a_child_that_dies_while_it_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core_process, "_CHILD_MODULE", "lightvllm.no_such_module")
     with pytest.raises(WorkerDied, match="exited with code 1"):
@@ -174,7 +182,7 @@ async def test_a_child_that_never_had_its_own_group(
         del options["process_group"]
         return popen(["sh", "-c", command], **options)
 
-    monkeypatch.setattr(core_process.subprocess, "Popen", killed)
+    monkeypatch.setattr(subprocess, "Popen", killed)
     async with asyncio.timeout(5):
         with pytest.raises(WorkerDied, match=reason):
             await AsyncLLM.create(folder, **SMALL)

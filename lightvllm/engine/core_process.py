@@ -31,7 +31,7 @@ from lightvllm.engine.core_messages import (
 )
 from lightvllm.engine.core_thread import FORCED_SECONDS, Deliver
 from lightvllm.engine.options import Configured
-from lightvllm.errors import PlacementError, WorkerDied
+from lightvllm.errors import ConfigError, PlacementError, WorkerDied
 from lightvllm.transfer.frames import DATA, FrameSocket
 
 EXECUTOR_FACTORY = "lightvllm.executors.factory:make_executor"
@@ -48,7 +48,8 @@ class ProcessCore:
     def __init__(
         self, configured: Configured, skip_tokenizer_init: bool, deliver: Deliver, shutdown_timeout: float
     ) -> None:
-        """Raises PlacementError if the system cannot start a process."""
+        """Raises PlacementError if the system cannot start a process, ConfigError for a path that is no UTF-8."""
+        start = _encoded_start(configured, skip_tokenizer_init)
         self._deliver = deliver
         self._shutdown_timeout = shutdown_timeout
         self._runs_worker = configured.executor.name == "uniproc"
@@ -82,20 +83,14 @@ class ProcessCore:
         self._loop.add_reader(mine, self._on_readable)
         self._waiter = threading.Thread(target=self._wait, name=f"lightvllm-engine-{self.pid}", daemon=True)
         self._waiter.start()
-        self.send(
-            Start(
-                engine=configured.engine,
-                executor=configured.executor,
-                path=str(configured.path),
-                skip_tokenizer_init=skip_tokenizer_init,
-                executor_factory=EXECUTOR_FACTORY,
-                sys_path=[entry or os.getcwd() for entry in sys.path],
-            )
-        )
+        self._send(start)
 
     def send(self, command: Command) -> None:
+        self._send(encode(command))
+
+    def _send(self, command: bytes) -> None:
         with contextlib.suppress(ConnectionError, ValueError):  # it is gone, or closed: which is said elsewhere
-            if not self._frames.send(DATA, 0, b"", encode(command)):
+            if not self._frames.send(DATA, 0, b"", command):
                 self._loop.add_writer(self._socket, self._write)
 
     async def close(self, timeout: float) -> None:
@@ -197,3 +192,21 @@ class ProcessCore:
                 how += " (if nobody sent it, memory has run out)"
         with contextlib.suppress(RuntimeError):  # the event loop is closed: there is nobody to be told
             self._loop.call_soon_threadsafe(self._report_end, how)
+
+
+def _encoded_start(configured: Configured, skip_tokenizer_init: bool) -> bytes:
+    start = Start(
+        engine=configured.engine,
+        executor=configured.executor,
+        path=str(configured.path),
+        skip_tokenizer_init=skip_tokenizer_init,
+        executor_factory=EXECUTOR_FACTORY,
+        sys_path=[entry or os.getcwd() for entry in sys.path],
+    )
+    try:
+        return encode(start)
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{error.object!r:.200} is no UTF-8, and cannot be told to the engine's process; rename it, or use "
+            "engine_process=False"
+        ) from None
