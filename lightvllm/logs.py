@@ -32,6 +32,13 @@ _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 ENVIRONMENT = "LIGHTVLLM_LOG"
 """Tells the processes that this one starts how to log: ``FORMAT:LEVEL``, or nothing."""
 
+_CONTROL = {
+    code: chr(code).encode("unicode_escape").decode()
+    for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
+    if chr(code) not in "\t\n"
+}
+"""What moves a terminal's cursor or ends a line somewhere, and what stands for it in a text."""
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
 
@@ -122,11 +129,12 @@ class JsonFormatter(logging.Formatter):
 
 class TextFormatter(logging.Formatter):
     """``14:03:59 INFO lightvllm.server: message [request_id=… rank=1]``. What follows a line break in a message is
-    indented, so that nobody can write lines of log that are not there."""
+    indented, and control characters are escaped, so that nobody can write lines that are not there, or move a cursor."""
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         extra = " ".join(f"{key}={value}" for key, value in _extra(record).items())
         line = f"{clock} {record.levelname} {record.name}: {record.getMessage()}" + (f" [{extra}]" if extra else "")
-        line = line.replace("\r", "\\r").replace("\n", "\n    ")
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line.translate(_CONTROL).replace("\n", "\n    ")

@@ -120,3 +120,17 @@ def test_an_id_that_could_forge_something_is_not_taken(given: str) -> None:
 
 def test_a_sane_id_is_taken() -> None:
     assert logs.accepted_id("0.my_id:1-" + "x" * 118) == "0.my_id:1-" + "x" * 118
+
+
+def test_nothing_in_a_text_moves_the_cursor_or_makes_a_line_that_is_not_there() -> None:
+    stream = io.StringIO()
+    logs.configure(stream=stream)
+    forged = "a\x1b[2J\r\u2028\x9b\x7f\n12:00:00 INFO forged"
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        logging.getLogger("lightvllm.test").exception("%s", forged, extra={"path": forged})
+    lines = stream.getvalue().removesuffix("\n").split("\n")
+    assert "a\\x1b[2J\\r\\u2028\\x9b\\x7f" in lines[0]
+    assert all(line.startswith("    ") for line in lines[1:])
+    assert stream.getvalue().count("forged") == 3 + 1, "the message, the field, the exception, and its source line"
