@@ -36,7 +36,8 @@ class Client:
     an instance.
 
     A request is sent again (``max_retries`` times, after the server's Retry-After) where nothing has been done for
-    it: no connection, 429, 503. An answer that has begun is not asked for again.
+    it: no connection, 429, 503; and where its connection was closed before an answer, which a server does to kept ones
+    (one that died in the middle of it has then computed it in vain). An answer that has begun is not asked for again.
 
     Args:
         base_url: as OpenAI's clients take it, such as ``http://127.0.0.1:8000/v1``; ``/v1`` may be left out.
