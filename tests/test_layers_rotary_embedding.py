@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from lightvllm.config import RopeScaling
 from lightvllm.layers.rotary_embedding import RotaryEmbedding
+from lightvllm.model_config import RopeScaling
 
 SCALINGS: list[dict[str, Any] | None] = [
     None,

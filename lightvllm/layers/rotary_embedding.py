@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightvllm import kernels
-from lightvllm.config import RopeScaling
+from lightvllm.model_config import RopeScaling
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
