@@ -136,6 +136,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         except KeyError as missing:
             raise ConfigError(f"{folder}/config.json lacks {missing}; is it a complete Hugging Face model?") from None
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, ZeroDivisionError, AttributeError) as wrong:
+            raise ConfigError(f"{folder}/config.json cannot be used ({wrong}); is it a Hugging Face model's?") from None
         if not 1 <= config.max_model_len <= context:
             raise ConfigError(
                 f"max_model_len={config.max_model_len} does not fit the model; "
