@@ -249,6 +249,23 @@ async def test_a_slow_client_slows_its_replica_and_takes_no_memory():
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("lost", [aiohttp.ClientConnectionError("Connection lost"), ConnectionResetError()])
+async def test_a_connection_that_the_client_loses_is_no_failure_of_the_replica(lost, monkeypatch):
+    """However the web framework says so: once something was passed on, nothing is tried again."""
+
+    async def write(self, chunk: bytes) -> None:
+        raise lost
+
+    async with replicas("stream", "stream") as all_, routing(all_) as router:
+        await router.healthy(2)
+        monkeypatch.setattr("aiohttp.web.StreamResponse.write", write)
+        with pytest.raises(aiohttp.ClientError):
+            await ask(router)
+        assert sum(len(replica.seen) for replica in all_) == 1
+        assert [replica.failures for replica in router.router.pool] == [0, 0]
+
+
+@pytest.mark.asyncio
 async def test_the_last_event_waits_for_no_client_without_end():
     class Unread:
         prepared = True

@@ -264,9 +264,9 @@ class Proxy:
             headers["Content-Length"] = str(answer.content_length)
         out = web.StreamResponse(status=answer.status, headers=headers)
         self.begun.add(exchange.request.protocol)
-        exchange.forget()
         try:
             await out.prepare(exchange.request)
+            exchange.forget()
             problem = await self._stream(bytes(kept), answer, out, events)
             if problem is None:
                 self._done_well(replica, answer)
@@ -278,13 +278,13 @@ class Proxy:
                 logger.warning("an answer of %s broke off: %s", replica.name, problem)
                 message = f"the replica broke off: {problem}; try again"
                 await self._end_broken(exchange, out, events, ApiError(502, message, code="stream_broken"))
-        except aiohttp.ClientConnectionResetError:  # of the client, who cannot be told anything any more
+        except (aiohttp.ClientError, OSError):  # of the client, who cannot be told anything any more
             exchange.broken = "499"
             if exchange.request.transport is not None:
                 exchange.request.transport.abort()
         except asyncio.CancelledError:
             if self.ending:
-                with contextlib.suppress(aiohttp.ClientConnectionResetError):
+                with contextlib.suppress(aiohttp.ClientError, OSError):
                     await self._end_broken(exchange, out, events, shutting_down())
             raise
         return out
