@@ -129,7 +129,7 @@ class JsonFormatter(logging.Formatter):
 
 class TextFormatter(logging.Formatter):
     """``14:03:59 INFO lightvllm.server: message [request_id=… rank=1]``. What follows a line break in a message is
-    indented, and control characters are escaped, so that nobody can write lines that are not there, or move a cursor."""
+    indented, and control characters are escaped, so that nobody can write lines that are not there."""
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
