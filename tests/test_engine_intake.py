@@ -10,7 +10,7 @@ import tiny_tokenizers
 from fake_engine import engine
 from fake_executor import scrambled
 
-from lightvllm.engine.intake import MAX_BAD_WORDS
+from lightvllm.engine.intake import MAX_BAD_WORDS, MAX_BAD_WORDS_CHARS
 from lightvllm.engine.tokenizer import Tokenizer
 from lightvllm.errors import ConfigError
 from lightvllm.messages import NewSequence
@@ -28,6 +28,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         ({"logit_bias": {266: 1.0, 5: 1.0}}, r"logit_bias=\[266\] are not in the vocabulary; use 0 to 265"),
         ({"allowed_token_ids": [-1, 5, 300]}, r"allowed_token_ids=\[-1, 300\] are not in the vocabulary"),
         ({"bad_words": ["x"] * (MAX_BAD_WORDS + 1)}, "bad_words has 1025 words; use at most 1024"),
+        ({"bad_words": ["x" * MAX_BAD_WORDS_CHARS, "y"]}, "bad_words have 32769 characters; use at most 32768"),
         (
             {"structured_outputs": StructuredOutputs(regex="a")},
             "its folder has no tokenizer",

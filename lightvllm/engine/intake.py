@@ -18,6 +18,8 @@ from lightvllm.sampling_params import SamplingParams
 
 MAX_PRIORITY = 2**31 - 1
 MAX_BAD_WORDS = 1024
+MAX_BAD_WORDS_CHARS = 32 * 1024
+"""Of all of them together; they are tokenized between two steps, for which everybody waits."""
 
 
 class TokensPrompt(TypedDict):
@@ -106,6 +108,9 @@ class Intake:
         words = params.bad_words or ()
         if len(words) > MAX_BAD_WORDS:
             raise ConfigError(f"bad_words has {len(words)} words; use at most {MAX_BAD_WORDS}")
+        chars = sum(map(len, words))
+        if chars > MAX_BAD_WORDS_CHARS:
+            raise ConfigError(f"bad_words have {chars} characters; use at most {MAX_BAD_WORDS_CHARS}")
         if words and self._tokenizer is None:
             raise ConfigError(f"bad_words={words!r:.80} need text, but there is no tokenizer; use logit_bias")
         found: dict[tuple[int, ...], None] = {}
