@@ -505,6 +505,9 @@ def test_tokens_of_texts_and_conversations(model: ServedModel) -> None:
         "/tokenize", messages=[*MESSAGES, {"role": "assistant", "content": "Well"}], continue_final_message=True
     )
     assert post("/detokenize", tokens=continued["tokens"])["prompt"].endswith("assistant\nWell")
+    many = post("/tokenize", prompt="Köln is " * 2000, return_token_strs=True)
+    assert LONG_TEXT < many["count"] == len(many["token_strs"])
+    assert post("/detokenize", tokens=[*many["tokens"], 10**9]) == {"prompt": "Köln is " * 2000}
 
 
 def test_frames_are_exactly_openais(model: ServedModel) -> None:

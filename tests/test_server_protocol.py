@@ -29,6 +29,7 @@ def asking(**more: Any) -> dict[str, Any]:
         (CompletionRequest, {"prompt": [[-1] * MANY]}),
         (CompletionRequest, {"prompt": "a", "stop": [1] * MANY}),
         (CompletionRequest, {"prompt": "a", "stop_token_ids": [-1] * MANY}),
+        (CompletionRequest, {"prompt": "a", "stop_token_ids": [1] * MANY}),
         (CompletionRequest, {"prompt": "a", "allowed_token_ids": [-1] * MANY}),
         (CompletionRequest, {"prompt": "a", "bad_words": [1] * MANY}),
         (CompletionRequest, {"prompt": "a", "logit_bias": KEYS}),

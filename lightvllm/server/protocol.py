@@ -31,6 +31,7 @@ INT64 = 2**63 - 1
 MAX_CHOICES = 128
 MAX_PROMPTS = 2048
 MAX_STOPS = 64
+MAX_STOP_TOKENS = 1024
 MAX_LOGIT_BIAS_TOKENS = 4096
 MAX_FIELDS = 256
 """Of one object of a request. Each unknown one is an error by itself, and a body has room for millions."""
@@ -182,7 +183,7 @@ class GenerationRequest(RequestModel):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     min_tokens: int | None = Field(None, ge=0, le=INT64)
-    stop_token_ids: Annotated[list[TokenId], ONE_ERROR] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS), ONE_ERROR] | None = None
     allowed_token_ids: TokenIds | None = None
     bad_words: Annotated[list[Text], ONE_ERROR] | None = None
     ignore_eos: bool | None = None

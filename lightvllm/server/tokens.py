@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
@@ -14,6 +15,8 @@ from lightvllm.server.params import LONG_TEXT, check_model, encode
 from lightvllm.server.protocol import ONE_ERROR, AnswerModel, RequestModel, TokenId
 from lightvllm.server.settings import ServerSettings
 from lightvllm.server.tools import tool_use
+
+T = TypeVar("T")
 
 
 class TokenizeTextRequest(RequestModel):
@@ -62,7 +65,9 @@ async def tokenize(
         chat = ChatCompletionRequest.model_validate({name: getattr(request, name) for name in shared})
         text = await chat_text(engine, chat, settings, tool_use(chat, engine, settings, None))
         ids = await encode(engine, text, request.add_special_tokens, "messages")
-    strings = [engine.tokenizer.token(i) or "" for i in ids] if request.return_token_strs else None
+    strings = None
+    if request.return_token_strs:
+        strings = await _aside(len(ids), lambda: [engine.tokenizer.token(i) or "" for i in ids])
     return TokenizeResponse(
         count=len(ids), max_model_len=engine.info.config.model.max_model_len, tokens=ids, token_strs=strings
     )
@@ -71,8 +76,15 @@ async def tokenize(
 async def detokenize(engine: EngineClient, request: DetokenizeRequest, settings: ServerSettings) -> DetokenizeResponse:
     """Special tokens are written, too; ids that the vocabulary does not have are nothing. Raises ApiError."""
     check_model(request.model, engine, settings)
-    known = [i for i in request.tokens if i in engine.tokenizer.token_ids]
-    if len(known) < LONG_TEXT:
-        return DetokenizeResponse(prompt=engine.tokenizer.decode(known, skip_special_tokens=False))
-    text = await asyncio.to_thread(engine.tokenizer.decode, known, skip_special_tokens=False)
-    return DetokenizeResponse(prompt=text)
+
+    def decoded() -> str:
+        vocabulary = engine.tokenizer.token_ids
+        known = [i for i in request.tokens if i in vocabulary]
+        return engine.tokenizer.decode(known, skip_special_tokens=False)
+
+    return DetokenizeResponse(prompt=await _aside(len(request.tokens), decoded))
+
+
+async def _aside(num_tokens: int, make: Callable[[], T]) -> T:
+    """``make()``; of many tokens in a thread, so that other streams go on meanwhile."""
+    return make() if num_tokens < LONG_TEXT else await asyncio.to_thread(make)
