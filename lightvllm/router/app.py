@@ -27,6 +27,7 @@ from lightvllm.router.health import Prober
 from lightvllm.router.metrics import CONTENT_TYPE, Metrics
 from lightvllm.router.pool import Pool
 from lightvllm.router.proxy import Proxy
+from lightvllm.router.replica import Replica
 from lightvllm.router.replies import ApiError, shutting_down, unknown_model
 from lightvllm.router.settings import RouterSettings
 from lightvllm.router.sources import Source, follow
@@ -68,11 +69,15 @@ class Router:
             settings,
             on_eject=lambda replica: self.metrics.ejections.labels(replica.name).inc(),
             added=lambda replica: self.prober.start(replica),
-            removed=lambda replica: self.prober.stop(replica),
+            removed=self._removed,
         )
         self.prober = Prober(self.pool, upstream, settings)
         self.proxy = Proxy(self.pool, upstream, self.metrics, settings)
         self.metrics.watch(self.pool, self.proxy.memory)
+
+    def _removed(self, replica: Replica) -> None:
+        self.prober.stop(replica)
+        self.metrics.forget_gone()
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
         """aiohttp's start and end."""

@@ -6,6 +6,7 @@ held ones included. It is there, with 0, for every known model, also one without
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -16,11 +17,15 @@ from lightvllm.router.memory import Memory
 from lightvllm.router.pool import Pool
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+_KEEP_GONE = 600.0
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
     """Of one router; nothing is global, so that several can live in one process.
+
+    Args:
+        keep_gone: seconds for which a backend that is gone is still told of.
 
     Attributes:
         requests: answered, by model, backend ("" if none was reached) and status: the HTTP status, "499" for clients
@@ -31,8 +36,10 @@ class Metrics:
         hold_seconds: how long those waited; first_byte_seconds, request_seconds: from arrival.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep_gone: float = _KEEP_GONE) -> None:
         registry = self._registry = CollectorRegistry()
+        self._keep_gone, self._gone_since = keep_gone, dict[str, float]()
+        self._pool: Pool | None = None
         name = "lightvllm_router_"
         self.requests = Counter(
             name + "requests", "Requests answered.", ["model", "backend", "status"], registry=registry
@@ -65,10 +72,28 @@ class Metrics:
 
     def watch(self, pool: Pool, memory: Memory) -> None:
         """Show the pool's gauges, too, and how much memory bodies take."""
+        self._pool = pool
         self._registry.register(_Gauges(pool, memory))
 
     def text(self) -> bytes:
+        self.forget_gone()
         return generate_latest(self._registry)
+
+    def forget_gone(self) -> None:
+        """Drop what was counted of backends that have been gone for long: pods have new names again and again."""
+        now = time.monotonic()
+        here = {"", *(replica.name for replica in self._pool or ())}
+        for counter, labels in ((self.requests, ("model", "backend", "status")), (self.ejections, ("backend",))):
+            series = {
+                tuple(sample.labels[label] for label in labels) for sample in next(iter(counter.collect())).samples
+            }
+            for values in series:
+                backend = values[labels.index("backend")]
+                if backend in here:
+                    self._gone_since.pop(backend, None)
+                elif now - self._gone_since.setdefault(backend, now) >= self._keep_gone:
+                    counter.remove(*values)
+        self._gone_since = {name: since for name, since in self._gone_since.items() if now - since < self._keep_gone}
 
 
 class _Gauges(Collector):
