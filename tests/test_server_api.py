@@ -18,6 +18,7 @@ from served_model import ServedModel, serve
 from waiting import wait_until
 
 from lightvllm import LLM, SamplingParams
+from lightvllm.server.params import LONG_TEXT
 
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0}
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Paris?"}]

@@ -102,7 +102,7 @@ def test_no_json(client, content, code, words):
 @pytest.mark.parametrize(
     ("method", "path", "status", "param", "words"),
     [
-        ("GET", "/nowhere", 404, None, "/docs lists all"),
+        ("GET", "/nowhere", 404, None, "/docs, where it is on, lists all"),
         ("DELETE", "/body", 405, None, "use POST"),
         ("GET", "/http", 418, None, "no coffee"),
         ("GET", "/number/x", 400, "n", "n: Input should be a valid integer"),
