@@ -54,6 +54,8 @@ def run(cases: int, seed: int, growth_mib: float) -> int:
             number = 0
             while asked < cases:  # hypothesis makes fewer where there is little to choose
                 found = fuzz(url, cases // ROUNDS + 1, seed + number, "tiny")
+                if not found.cases:
+                    raise SystemExit("no request could be made; is the description of the API empty?")
                 number += 1
                 asked += found.cases
                 for status, count in found.statuses.items():
