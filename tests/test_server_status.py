@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -164,6 +165,23 @@ def test_so_many_pages_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
             refused = httpx.get(url)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_pages")
             assert refused.headers["retry-after"] == "10"
+
+
+def test_pages_that_come_at_once_are_no_more_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have been let in before the first of them is counted."""
+    monkeypatch.setattr(status, "MAX_LISTENERS", 2)
+    state = create_app(ScriptedClient(), settings()).state
+
+    async def come() -> list[bool]:
+        streams = [status._events(state) for _ in range(4)]
+        begun = [await anext(stream, None) is not None for stream in streams]
+        assert state.status_listeners == 2
+        for stream in streams:
+            await stream.aclose()  # type: ignore[attr-defined]
+        return begun
+
+    assert asyncio.run(come()) == [True, True, False, False]
+    assert state.status_listeners == 0
 
 
 def test_it_is_described() -> None:

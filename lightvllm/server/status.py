@@ -241,7 +241,10 @@ async def events(request: Request) -> StreamingResponse:
 
 async def _events(state: Any) -> AsyncIterator[str]:
     lifecycle: Lifecycle = state.lifecycle
-    state.status_listeners = getattr(state, "status_listeners", 0) + 1
+    listeners = getattr(state, "status_listeners", 0)
+    if listeners >= MAX_LISTENERS:  # many came at once, before any had begun; a page asks again by itself
+        return
+    state.status_listeners = listeners + 1
     try:
         while True:
             told, at = _signs(lifecycle), time.monotonic()
