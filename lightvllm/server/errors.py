@@ -130,7 +130,9 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def _from_http(error: HTTPException) -> ApiError:
     headers = dict(error.headers or {})
     if error.status_code == 404 and error.detail == "Not Found":
-        return ApiError(404, "there is no such path; the page /docs, where it is on, lists all", code="not_found", headers=headers)
+        return ApiError(
+            404, "there is no such path; the page /docs, where it is on, lists all", code="not_found", headers=headers
+        )
     if error.status_code == 405:
         allowed = headers.get("Allow") or headers.get("allow")
         advice = f"; use {allowed}" if allowed else ""
