@@ -35,7 +35,11 @@ class StepExecutor(Protocol):
 
 
 class StepTiming(NamedTuple):
-    """One call of ``step``: ``seconds`` in all, ``model_seconds`` of them spent by the output rank."""
+    """One call of ``step``: its ``seconds``, and the ``model_seconds`` that the output rank spent in the step it took in.
+
+    The difference is the time outside the model only where steps do not overlap, as they do with asynchronous
+    scheduling and with several pipeline stages.
+    """
 
     step: int
     num_seqs: int

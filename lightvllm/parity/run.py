@@ -220,6 +220,7 @@ class _Runner:
             max_model_len=plan.max_model_len,
             threads=plan.threads or max(1, _cores() // layout.parallel.world_size),
             return_logits=True,
+            async_scheduling=False,  # steps that overlap have no time outside the model to tell
             on_step=recorder,
             progress=lambda what: self.progress(f"{name}: {what}"),
             **plan.options.get(executor, {}),
