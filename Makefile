@@ -66,7 +66,7 @@ bench-pipeline: model
 # Our server, vLLM's, and our engine without a server under the same streams, interleaved.
 bench-serve: model
 	$(BIN)/python benchmarks/install_vllm.py .venv-vllm
-	$(BIN)/python benchmarks/serve.py compare $(DEMO_MODEL) --vllm-python .venv-vllm/bin/python
+	$(BIN)/python benchmarks/serve.py compare $(DEMO_MODEL) --vllm-python .venv-vllm/bin/python --greedy
 
 # What the router adds to a request and to an event of a stream: through it and directly, interleaved.
 bench-router: $(VENV)/installed

@@ -66,7 +66,13 @@ def settings_of(args: argparse.Namespace) -> tuple[Setting, list[Work]]:
     vocab = config["vocab_size"]
     first = min(100, vocab // 4)  # beyond what is special
     works = draw(
-        args.pool, vocab=vocab, prompt_tokens=bounds[0], new_tokens=bounds[1], seed=args.seed, first_token=first
+        args.pool,
+        vocab=vocab,
+        prompt_tokens=bounds[0],
+        new_tokens=bounds[1],
+        seed=args.seed,
+        first_token=first,
+        greedy=getattr(args, "greedy", False),
     )
     return setting, works
 
@@ -124,6 +130,8 @@ def compare(args: argparse.Namespace) -> int:
             streams, _ = run_load(server, works, **bounds)
             verdict = judge(streams, references if server.name == "lightvllm" else {})
             show_verdict(server.name, verdict)
+            if not verdict.done:
+                raise ContenderFailed(f"{server.name} has answered none of {len(works)} requests{server.keep_log()}")
             good &= verdict.good
         order: list[Server | Offline] = [*servers, *([offline] if offline else [])]
         for number in range(args.rounds):
@@ -310,6 +318,11 @@ def main() -> int:
     one.add_argument("--concurrency", type=int, default=32)
     one.add_argument("--pool", type=int, default=128, help="requests of a round (default %(default)s)")
     one.add_argument("--rounds", type=int, default=3)
+    one.add_argument(
+        "--greedy",
+        action="store_true",
+        help="no sampling, no biases: vLLM 0.32 on a CPU ends at the first request with a seed",
+    )
     one.set_defaults(run=compare)
 
     two = commands.add_parser("load-test", parents=[common])

@@ -87,6 +87,12 @@ class Server:
         """Where it listens, or "" while that is not known."""
         raise NotImplementedError
 
+    def keep_log(self) -> str:
+        """Where a copy of what it has said is, to be put behind an error."""
+        with tempfile.NamedTemporaryFile(prefix=f"serve-{self.name}-", suffix=".log", delete=False) as copy:
+            copy.write(self.said().encode())
+        return f"; its output: {copy.name}"
+
     def said(self) -> str:
         return Path(self._log.name).read_text(errors="replace")
 

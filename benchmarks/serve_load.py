@@ -67,11 +67,12 @@ class Work:
             "prompt": self.prompt,
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
-            "seed": self.seed,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self.temperature:
+            body["seed"] = self.seed
         if verified:
             body["return_token_ids"] = True
         if self.own:
@@ -87,8 +88,12 @@ def draw(
     new_tokens: tuple[int, int],
     seed: int,
     first_token: int = 100,
+    greedy: bool = False,
 ) -> list[Work]:
-    """``count`` requests; lengths are log-uniform between their bounds: many short ones, some long ones."""
+    """``count`` requests; lengths are log-uniform between their bounds: many short ones, some long ones.
+
+    ``greedy``: all of them are of the first kind.
+    """
     generator = random.Random(seed)
 
     def length(low: int, high: int) -> int:
@@ -99,7 +104,7 @@ def draw(
     left: list[int] = []
     for number in range(count):
         own: frozenset[int] = frozenset()
-        if number % 3 == 2:
+        if number % 3 == 2 and not greedy:
             if len(left) < OWN_TOKENS:
                 left = generator.sample(free, len(free))
             own = frozenset(left.pop() for _ in range(OWN_TOKENS))
@@ -108,7 +113,7 @@ def draw(
                 number=number,
                 prompt=[generator.choice(free) for _ in range(length(*prompt_tokens))],
                 max_tokens=length(*new_tokens),
-                temperature=0.0 if number % 3 == 0 else 0.8,
+                temperature=0.0 if number % 3 == 0 or greedy else 0.8,
                 seed=generator.randrange(1 << 31),
                 own=own,
             )
