@@ -35,7 +35,7 @@ class StepExecutor(Protocol):
 
 
 class StepTiming(NamedTuple):
-    """One call of ``step``: its ``seconds``, and the ``model_seconds`` that the output rank spent in the step it took in.
+    """One call of ``step``: its ``seconds``, and ``model_seconds``: the output rank's in the step that it took in.
 
     The difference is the time outside the model only where steps do not overlap, as they do with asynchronous
     scheduling and with several pipeline stages.
