@@ -321,7 +321,7 @@ def main() -> int:
     one.add_argument(
         "--greedy",
         action="store_true",
-        help="no sampling, no biases: vLLM 0.32 on a CPU ends at the first request with a seed",
+        help="no sampling, no biases: vLLM 0.32 on a CPU ends at the first request that is sampled with a seed",
     )
     one.set_defaults(run=compare)
 

@@ -67,12 +67,11 @@ class Work:
             "prompt": self.prompt,
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
+            "seed": self.seed,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if self.temperature:
-            body["seed"] = self.seed
         if verified:
             body["return_token_ids"] = True
         if self.own:
