@@ -131,7 +131,9 @@ def compare(args: argparse.Namespace) -> int:
             verdict = judge(streams, references if server.name == "lightvllm" else {})
             show_verdict(server.name, verdict)
             if not verdict.done:
-                raise ContenderFailed(f"{server.name} has answered none of {len(works)} requests{server.keep_log()}")
+                raise ContenderFailed(
+                    f"{server.name} has answered none of {len(works)} requests; its output: {server.log}"
+                )
             good &= verdict.good
         order: list[Server | Offline] = [*servers, *([offline] if offline else [])]
         for number in range(args.rounds):

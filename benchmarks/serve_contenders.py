@@ -64,6 +64,7 @@ class Server:
         url: without ``/v1``.
         model: what requests are to call it.
         pid: of the first process.
+        log: the file with what it says; removed at an orderly end, kept when the block ends by an error.
     """
 
     name = "server"
@@ -82,28 +83,21 @@ class Server:
             start_new_session=True,
         )
         self.pid = self._process.pid
+        self.log = self._log.name
 
     def find_url(self) -> str:
         """Where it listens, or "" while that is not known."""
         raise NotImplementedError
 
-    def keep_log(self) -> str:
-        """Where a copy of what it has said is, to be put behind an error."""
-        with tempfile.NamedTemporaryFile(prefix=f"serve-{self.name}-", suffix=".log", delete=False) as copy:
-            copy.write(self.said().encode())
-        return f"; its output: {copy.name}"
-
     def said(self) -> str:
-        return Path(self._log.name).read_text(errors="replace")
+        return Path(self.log).read_text(errors="replace")
 
     def __enter__(self) -> Self:
         try:
             until = time.monotonic() + self._start_timeout
             while not (self.url and self._ready()):
                 if self._process.poll() is not None or time.monotonic() > until:
-                    raise ContenderFailed(
-                        f"{self.name} has not started; its output: {self._log.name}\n{self.said()[-2000:]}"
-                    )
+                    raise ContenderFailed(f"{self.name} has not started; its output: {self.log}\n{self.said()[-2000:]}")
                 self.url = self.url or self.find_url()
                 time.sleep(0.2)
         except BaseException:
@@ -121,9 +115,9 @@ class Server:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         left = self.end()
         if left and kind is None:
-            raise ContenderFailed(f"{self.name} has left processes: {left}; its output: {self._log.name}")
+            raise ContenderFailed(f"{self.name} has left processes: {left}; its output: {self.log}")
         if kind is None:
-            os.unlink(self._log.name)
+            os.unlink(self.log)
 
     def end(self) -> list[str]:
         """SIGTERM, and SIGKILL for what is still there then; the names of such children."""

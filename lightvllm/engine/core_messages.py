@@ -11,7 +11,7 @@ import msgspec
 
 from lightvllm import errors
 from lightvllm.config import EngineConfig, ExecutorConfig
-from lightvllm.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from lightvllm.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, merge
 from lightvllm.engine.protocol import RankState
 from lightvllm.engine.stats import EngineStats
 from lightvllm.errors import LightvllmError
@@ -152,12 +152,7 @@ class Delta(msgspec.Struct, array_like=True):
 
     def add(self, later: Delta) -> None:
         """Take in the request's next one."""
-        known = {output.index: output for output in self.outputs}
-        for output in later.outputs:
-            if output.index in known:
-                known[output.index].add(output)
-            else:
-                self.outputs.append(output)
+        merge(self.outputs, later.outputs)
         self.finished = later.finished
         self.metrics = later.metrics or self.metrics
         if self.num_cached_tokens is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightvllm.engine.sequence import FinishReason
@@ -58,6 +59,16 @@ class CompletionOutput:
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
 
+def merge(outputs: list[CompletionOutput], later: Iterable[CompletionOutput]) -> None:
+    """Add the next outputs of the same delta stream to ``outputs``, each to the one of its index."""
+    known = {output.index: output for output in outputs}
+    for output in later:
+        if output.index in known:
+            known[output.index].add(output)
+        else:
+            outputs.append(output)
+
+
 @dataclass(slots=True)
 class RequestMetrics:
     """Times are seconds of ``time.monotonic()``; None for what has not happened."""
@@ -107,12 +118,7 @@ class RequestOutput:
 
     def add(self, later: RequestOutput) -> None:
         """Take in the next output of the same delta stream, so that both become one (vLLM's ``RequestOutput.add``)."""
-        known = {output.index: output for output in self.outputs}
-        for output in later.outputs:
-            if output.index in known:
-                known[output.index].add(output)
-            else:
-                self.outputs.append(output)
+        merge(self.outputs, later.outputs)
         self.finished, self.metrics = later.finished, later.metrics
         self.num_cached_tokens = later.num_cached_tokens
         self.prompt_logprobs = self.prompt_logprobs or later.prompt_logprobs
