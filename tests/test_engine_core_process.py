@@ -16,7 +16,7 @@ import psutil
 import pytest
 import tiny_llama
 from async_engines import LIMIT, SMALL, collect, use_the_fake, when, write_model
-from waiting import gone, wait_until
+from waiting import gone, no_more_files_than, open_files, wait_until
 
 from lightvllm import AsyncLLM, SamplingParams
 from lightvllm.engine import core_process
@@ -123,10 +123,10 @@ async def test_one_that_ignores_its_end_is_killed(folder: Path) -> None:
 @pytest.mark.asyncio
 async def test_a_process_that_cannot_be_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    before = psutil.Process().num_fds()
+    before = open_files()
     with pytest.raises(PlacementError, match=r"cannot start the engine's process: .*No such file"):
         await AsyncLLM.create(folder, **SMALL)
-    assert psutil.Process().num_fds() == before
+    no_more_files_than(before)
 
 
 @pytest.mark.asyncio
@@ -223,11 +223,11 @@ async def test_a_start_that_is_called_off_before_the_child_has_read_of_it(folder
 
 @pytest.mark.asyncio
 async def test_nothing_is_left_after_many(folder: Path) -> None:
-    fds = psutil.Process().num_fds()
+    before = open_files()
     for _ in range(3):
         async with await AsyncLLM.create(folder, **SMALL) as engine:
             await collect(engine.generate("hello", SamplingParams(max_tokens=3)))
-    assert psutil.Process().num_fds() == fds
+    no_more_files_than(before)
     assert not psutil.Process().children()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import gc
 import os
 import queue
 import socket
@@ -13,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from waiting import LIMIT, wait_until
+from waiting import LIMIT, no_more_files_than, open_files, wait_until
 
 pytest.importorskip("grpc", reason="the k8s extra is not installed")
 
@@ -273,8 +272,7 @@ def test_one_connection_that_ends_does_not_disturb_another(peer: Peer, reactor: 
 
 
 def test_closing_ends_its_thread_and_leaves_no_descriptor() -> None:
-    gc.collect()  # what earlier tests have left to the collector would otherwise go while this one counts
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     reactor = Reactor()
     never: Future[None] = Future()
     waiting = in_thread(lambda: reactor.wait(never, LIMIT))
@@ -284,4 +282,4 @@ def test_closing_ends_its_thread_and_leaves_no_descriptor() -> None:
     never.set_result(None)
     waiting.join(LIMIT)
     wait_until(lambda: not reactor._thread.is_alive(), "its thread to end")
-    assert len(os.listdir("/proc/self/fd")) == before
+    no_more_files_than(before)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from waiting import wait_until
+from waiting import no_more_files_than, open_files
 
 from lightvllm.errors import ConfigError, LightvllmError
 from lightvllm.transfer import shared
@@ -206,7 +206,7 @@ def test_a_full_volume_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_descriptors_are_given_back(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for _ in range(3):
         inlet = SharedInlet(tmp_path, GROUP, 1, LIMIT)
         outlet = SharedOutlet(inlet.address, 2)
@@ -214,7 +214,7 @@ def test_descriptors_are_given_back(tmp_path: Path) -> None:
         assert inlet.take(soon()) is not None
         outlet.close()
         inlet.close()
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "the descriptors are closed")
+    no_more_files_than(before)
 
 
 def test_the_default_directory_can_be_written_to() -> None:
