@@ -48,6 +48,14 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         strategy: over nodes; PACK and SPREAD are wishes, the STRICT ones are conditions.
         env: environment variables for the workers, set before ``worker_class`` is imported.
             A variable that a worker's own environment has already is not overwritten.
+        env_overrides: likewise, but a worker's own value, and that of ``env``, gives way. What only a process's start
+            reads (LD_PRELOAD, PYTHONHASHSEED) takes effect where the backend starts the processes itself: local workers
+            of the Kubernetes backend. PYTHONPATH takes effect everywhere.
+
+    Neither ``repr`` nor an error shows a variable's value.
+
+    Raises:
+        ConfigError: a variable that no environment can hold, or that cannot be sent.
     """
 
     world_size: int
@@ -56,6 +64,37 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     cpus_per_worker: int = 1
     strategy: Strategy = "PACK"
     env: Mapping[str, str] = {}
+    env_overrides: Mapping[str, str] = {}
+
+    def __post_init__(self) -> None:
+        for field in ("env", "env_overrides"):
+            for name, value in getattr(self, field).items():
+                _check_variable(field, name, value)
+
+    def __repr__(self) -> str:
+        hidden = {field: sorted(getattr(self, field)) for field in ("env", "env_overrides")}
+        shown = {field: getattr(self, field) for field in self.__struct_fields__} | hidden
+        return f"Placement({', '.join(f'{field}={value!r}' for field, value in shown.items())})"
+
+
+def _check_variable(field: str, name: object, value: object) -> None:
+    """Raise ConfigError, without the value, for what would fail later and elsewhere, with the value."""
+    if not isinstance(name, str) or not name or "=" in name or not _is_plain(name):
+        shown = name.partition("=")[0] if isinstance(name, str) else type(name).__name__  # a value may stand behind it
+        raise ConfigError(
+            f"{field}: {shown!r} is no name of a variable, or not all of it; expected text without = or NUL"
+        )
+    if not isinstance(value, str):
+        raise ConfigError(f"{field}: the value of {name} is of type {type(value).__name__}; expected str")
+    if not _is_plain(value):
+        raise ConfigError(f"{field}: the value of {name} contains NUL or is no valid UTF-8; expected plain text")
+
+
+def _is_plain(text: str) -> bool:
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 class WorkerRef(msgspec.Struct, frozen=True):
@@ -228,6 +267,19 @@ def exit_with(error: BaseException) -> NoReturn:
         traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def set_environment(env: Mapping[str, str], overrides: Mapping[str, str]) -> None:
+    """``Placement.env`` and ``Placement.env_overrides`` in this process, before the worker class is imported.
+
+    The interpreter has read PYTHONPATH at its start, so the folders of one in ``overrides`` come first in ``sys.path``
+    from now on.
+    """
+    for name, value in env.items():
+        os.environ.setdefault(name, value)
+    os.environ.update(overrides)
+    folders = [folder for folder in overrides.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    sys.path[:] = [*folders, *(entry for entry in sys.path if entry not in folders)]
 
 
 def load_worker_class(name: str) -> Any:

@@ -28,6 +28,7 @@ from lightvllm.backends.base import (
     Progress,
     WorkerRef,
     load_worker_class,
+    set_environment,
     tell,
     wait_for,
 )
@@ -122,8 +123,7 @@ class InProcessBackend:
             if self._closed:
                 raise Shutdown("the backend has been shut down")
             self._on_failure = on_failure
-            for key, value in request.env.items():
-                os.environ.setdefault(key, value)
+            set_environment(request.env, request.env_overrides)
             for index in range(request.world_size):
                 ref = WorkerRef(f"inprocess-{index}", self.driver_node, index=index, pid=os.getpid())
                 self._workers[ref.id] = _Worker(ref, request.worker_class, self._died)

@@ -6,11 +6,14 @@ SystemExit instead.
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -26,6 +29,7 @@ from lightvllm.errors import ConfigError, LightvllmError, PlacementError, Shutdo
 from lightvllm.messages import decode_reply, encode_call
 
 WORKER = "contract_worker:ContractWorker"
+_numbers = itertools.count()  # a module's name is imported once in a process
 
 
 def make_inprocess() -> Backend:
@@ -96,6 +100,44 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.fixture
 def placed(backend: Backend, failures: Failures) -> list[WorkerRef]:
     return list(backend.place(Placement(world_size=2, worker_class=WORKER), failures, LIMIT))
+
+
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """``os.environ`` and ``sys.path`` are put back afterwards: the in-process worker's are ours."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    for name in ("LIGHTVLLM_TEST_OWN", "LIGHTVLLM_TEST_NEW", "OMP_NUM_THREADS", "PYTHONPATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # has its absence restored, too
+    return monkeypatch
+
+
+SECRETS = {"env": {"A": "s3cret-a"}, "env_overrides": {"B": "s3cret-b"}}
+
+
+def test_a_placement_shows_names_of_variables_and_no_values() -> None:
+    shown = repr(Placement(world_size=2, worker_class=WORKER, **SECRETS))
+    assert shown.startswith(f"Placement(world_size=2, worker_class={WORKER!r}, ")
+    assert "env=['A'], env_overrides=['B']" in shown
+    assert "s3cret" not in shown
+
+
+@pytest.mark.parametrize("field", SECRETS)
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ({"A": "s3cret\0"}, "the value of A contains NUL"),
+        ({"A": "s3cret\udc80"}, "the value of A contains NUL or is no valid UTF-8"),
+        ({"A": 53}, "the value of A is of type int; expected str"),
+        ({"A=s3cret": "x"}, "'A' is no name of a variable"),
+        ({"": "s3cret"}, "'' is no name of a variable"),
+        ({1: "s3cret"}, "'int' is no name of a variable"),
+    ],
+)
+def test_a_variable_that_cannot_be_is_named_without_its_value(field: str, variable: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: {message}") as caught:
+        Placement(world_size=1, worker_class=WORKER, **{field: variable})
+    assert "s3cret" not in str(caught.value)
+    assert "53" not in str(caught.value)
 
 
 @pytest.mark.parametrize("backend", ALL, indirect=True)
@@ -172,6 +214,46 @@ class TestEveryBackend:
         assert ask(backend, worker, "getenv", "LIGHTVLLM_TEST_NEW") == "there"
         assert ask(backend, worker, "getenv", "PATH") not in (None, "/nowhere")
         os.environ.pop("LIGHTVLLM_TEST_NEW", None)  # the in-process worker's environment is ours
+
+    def test_explicit_variables_win_over_the_workers_own(
+        self, backend: Backend, failures: Failures, environ: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """And are there when the worker's class is imported, which is found by one of them."""
+        name = f"looks_at_import_{next(_numbers)}"
+        (tmp_path / f"{name}.py").write_text(
+            "import os\nfrom contract_worker import ContractWorker\n"
+            "class Worker(ContractWorker):\n    at_import = os.environ['LIGHTVLLM_TEST_OWN']\n"
+            "    def seen(self):\n        return self.at_import\n"
+        )
+        environ.setenv("LIGHTVLLM_TEST_OWN", "own")
+        overrides = {
+            "LIGHTVLLM_TEST_OWN": "explicit",
+            "LIGHTVLLM_TEST_NEW": "explicit",
+            "OMP_NUM_THREADS": "7",
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]),
+        }
+        (worker,) = backend.place(
+            Placement(
+                world_size=1,
+                worker_class=f"{name}:Worker",
+                env={"LIGHTVLLM_TEST_OWN": "given", "LIGHTVLLM_TEST_NEW": "given"},
+                env_overrides=overrides,
+            ),
+            failures,
+            LIMIT,
+        )
+        assert ask(backend, worker, "seen") == "explicit"
+        for variable in ("LIGHTVLLM_TEST_OWN", "LIGHTVLLM_TEST_NEW", "OMP_NUM_THREADS"):
+            assert ask(backend, worker, "getenv", variable) == overrides[variable]
+        assert str(tmp_path) in ask(backend, worker, "getenv", "PYTHONPATH").split(os.pathsep)
+
+    def test_no_error_shows_a_value(self, backend: Backend, failures: Failures, environ: pytest.MonkeyPatch) -> None:
+        request = Placement(
+            world_size=1, worker_class="contract_worker:FailsToStart", env_overrides={"LIGHTVLLM_TEST_NEW": "s3cret"}
+        )
+        with pytest.raises(PlacementError) as caught:
+            backend.place(request, failures, LIMIT)
+        assert "s3cret" not in "".join(traceback.format_exception(caught.value))
 
     def test_shutdown_fails_what_is_pending_and_can_be_repeated(
         self, backend: Backend, placed: list[WorkerRef], failures: Failures, tmp_path: Path

@@ -332,6 +332,39 @@ def test_static_workers_serve_one_backend_after_another(
         backend.shutdown()
 
 
+def test_explicit_variables_win_over_a_servers_own(
+    started: Any, token_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them the folder that the worker's class is in; the server was started without it."""
+    (tmp_path / "elsewhere.py").write_text("from contract_worker import ContractWorker as Worker")
+    monkeypatch.setenv("LIGHTVLLM_TEST_OWN", "own")
+    with worker_command("--listen", "127.0.0.1:0", "--token-file", token_file) as command:
+        overrides = {"LIGHTVLLM_TEST_OWN": "explicit", "CUDA_VISIBLE_DEVICES": "3,5", "PYTHONPATH": str(tmp_path)}
+        request = Placement(
+            world_size=1,
+            worker_class="elsewhere:Worker",
+            env={"LIGHTVLLM_TEST_OWN": "given", "LIGHTVLLM_TEST_NEW": "given"},
+            env_overrides=overrides,
+        )
+        backend = started((command.address(),), token_file)
+        (ref,) = place(backend, request)
+        assert ref.device_ids == ("3", "5")
+        assert {name: ask(backend, ref, "getenv", name) for name in overrides} == overrides
+        assert ask(backend, ref, "getenv", "LIGHTVLLM_TEST_NEW") == "given"
+
+
+def test_local_workers_are_started_with_explicit_variables(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are dealt the GPUs that these show: what is dealt to one is not overwritten by all of them."""
+    monkeypatch.setenv("LIGHTVLLM_TEST_OWN", "own")
+    backend = started()
+    overrides = {"LIGHTVLLM_TEST_OWN": "explicit", "CUDA_VISIBLE_DEVICES": "3,5"}
+    refs = place(backend, Placement(world_size=2, worker_class=WORKER, gpus_per_worker=1, env_overrides=overrides))
+    assert [ref.device_ids for ref in refs] == [("3",), ("5",)]
+    assert [ask(backend, ref, "getenv", "CUDA_VISIBLE_DEVICES") for ref in refs] == ["3", "5"]
+    environ = psutil.Process(refs[0].pid).environ()
+    assert (environ["LIGHTVLLM_TEST_OWN"], environ["CUDA_VISIBLE_DEVICES"]) == ("explicit", "3")
+
+
 def test_the_first_addresses_serve_a_smaller_layout(
     started: Any, commands: list[WorkerCommand], token_file: str
 ) -> None:

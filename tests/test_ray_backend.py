@@ -108,6 +108,14 @@ class TestPlacement:
         with pytest.raises(PlacementError, match=r"0 of 1 workers within 2 s; no room: .*GPU: 0 of 2 free"):
             backends().place(request, lambda *_: None, 2.0)
 
+    def test_gpus_are_not_dealt_by_two(self, backends: Callable[[], RayBackend]) -> None:
+        """With a variable of the user's, every actor would see the same ones, whatever Ray has reserved."""
+        with pytest.raises(ConfigError, match="Ray deals the GPUs out by CUDA_VISIBLE_DEVICES itself"):
+            place(backends(), gpus_per_worker=1, env_overrides={"CUDA_VISIBLE_DEVICES": "0,1"})
+        backend = backends()
+        (worker,) = place(backend, env_overrides={"CUDA_VISIBLE_DEVICES": ""})  # none is reserved, none is to be seen
+        assert ask(backend, worker, "getenv", "CUDA_VISIBLE_DEVICES") == ""
+
     def test_nothing_to_reserve_is_a_config_error(self, backends: Callable[[], RayBackend]) -> None:
         with pytest.raises(ConfigError, match="cpus_per_worker=0"):
             place(backends(), cpus_per_worker=0)

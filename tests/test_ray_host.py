@@ -24,8 +24,9 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_what_is_there_is_kept_and_what_is_new_is_set(environ: pytest.MonkeyPatch) -> None:
     environ.setitem(os.environ, "HAD", "own")
-    apply_env({"HAD": "given", "NEW": "given"})
-    assert (os.environ["HAD"], os.environ["NEW"]) == ("own", "given")
+    environ.setitem(os.environ, "TOO", "own")
+    apply_env({"HAD": "given", "NEW": "given", "TOO": "given"}, {"TOO": "explicit"})
+    assert (os.environ["HAD"], os.environ["NEW"], os.environ["TOO"]) == ("own", "given", "explicit")
 
 
 @pytest.mark.parametrize(
@@ -37,18 +38,32 @@ def test_rays_guess_of_omp_num_threads_gives_way(
 ) -> None:
     environ.setattr(psutil.Process, "environ", lambda _: at_start)
     environ.setitem(os.environ, "OMP_NUM_THREADS", at_start.get("OMP_NUM_THREADS", "1"))
-    apply_env(given)
+    apply_env(given, {})
     assert os.environ.get("OMP_NUM_THREADS") == expected
 
 
 def test_pythonpath_is_applied_to_the_running_interpreter(environ: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    apply_env({"PYTHONPATH": os.pathsep.join([str(tmp_path), sys.path[-1]])})
+    apply_env({"PYTHONPATH": os.pathsep.join([str(tmp_path), sys.path[-1]])}, {})
     assert sys.path.count(str(tmp_path)) == 1
     assert len(sys.path) == len(set(sys.path))
 
 
+def test_an_explicit_pythonpath_comes_first(environ: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    last = sys.path[-1]
+    apply_env({"PYTHONPATH": "/nowhere"}, {"PYTHONPATH": os.pathsep.join([str(tmp_path), "", last])})
+    assert sys.path[:2] == [str(tmp_path), last]
+    assert sys.path[-1] == "/nowhere"
+    assert sys.path.count(last) == 1
+
+
+def test_an_explicit_number_of_threads_is_no_guess_of_rays(environ: pytest.MonkeyPatch) -> None:
+    environ.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    apply_env({"OMP_NUM_THREADS": "2"}, {"OMP_NUM_THREADS": "3"})
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
 def test_a_class_that_cannot_be_had_is_an_answer(environ: pytest.MonkeyPatch) -> None:
-    answer = WorkerHost().start("no_such_module:Worker", {})
+    answer = WorkerHost().start("no_such_module:Worker", {}, {})
     assert isinstance(answer, bytes)
     with pytest.raises(ConfigError, match="no_such_module"):
         decode_reply("__init__", answer)

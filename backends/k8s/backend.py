@@ -235,7 +235,9 @@ class KubernetesBackend:
         try:
             session.open(deadline + slack, say)
             say(f"is constructing {request.worker_class}")
-            reply = session.init_worker(request.worker_class, request.env, deadline - time.monotonic() + slack)
+            overrides = request.env_overrides if endpoint.process is None else {}  # a child was started with them
+            remaining = deadline - time.monotonic() + slack
+            reply = session.init_worker(request.worker_class, request.env, remaining, overrides)
         except (PlacementError, WorkerDied):
             if endpoint.process is not None and endpoint.process.exited.wait(_EXIT_REPORT_SECONDS):
                 raise PlacementError(f"{member.id} {endpoint.process.reason(died)}") from None

@@ -66,7 +66,7 @@ class LocalProcesses:
                 f"0 of {request.world_size} workers: STRICT_SPREAD needs as many nodes, local workers have one; "
                 "use PACK or SPREAD, or give k8s_workers on different nodes"
             )
-        env = {**request.env, **os.environ}
+        env = {**request.env, **os.environ, **request.env_overrides}
         shares = devices.deal_gpus(devices.visible_gpus(env), request.world_size, request.gpus_per_worker)
         token = Token.new()
         directory = self._directory = private_directory()

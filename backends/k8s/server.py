@@ -32,7 +32,7 @@ import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lightvllm import logs
-from lightvllm.backends.base import exit_with, load_worker_class
+from lightvllm.backends.base import exit_with, load_worker_class, set_environment
 from lightvllm.backends.k8s import reflection, wire
 from lightvllm.backends.k8s.devices import visible_gpus
 from lightvllm.backends.k8s.process import Bootstrap, Status
@@ -273,9 +273,8 @@ class Host:
     def _construct(self, request: Any) -> tuple[object, bytes]:
         """The worker and nothing, or None and an encoded failure; InitWorker is answered either way."""
         worker, failure = None, b""
-        for name, value in request.env.items():
-            os.environ.setdefault(name, value)
         try:
+            set_environment(request.env, request.env_overrides)
             worker = load_worker_class(request.worker_class)()
         except Exception as error:  # noqa: BLE001  whatever it is, the driver gets it
             failure = encode_failure(error)

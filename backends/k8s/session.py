@@ -125,7 +125,13 @@ class WorkerSession:
         if self._transport == "grpc":
             self._watch()
 
-    def init_worker(self, worker_class: str, env: Mapping[str, str], timeout: float) -> pb.InitWorkerReply:
+    def init_worker(
+        self,
+        worker_class: str,
+        env: Mapping[str, str],
+        timeout: float,
+        env_overrides: Mapping[str, str] | None = None,
+    ) -> pb.InitWorkerReply:
         """Have the worker class constructed. ``failure`` of the reply is for ``messages.decode_reply``.
 
         Raises PlacementError, AuthError, or what the session was failed with.
@@ -135,7 +141,7 @@ class WorkerSession:
             self._connect_directly(timeout)
             self._watch()
         carrier = pb.STREAM if self._direct is None else pb.DIRECT
-        request = pb.InitWorkerRequest(worker_class=worker_class, env=env, carrier=carrier)
+        request = pb.InitWorkerRequest(worker_class=worker_class, env=env, carrier=carrier, env_overrides=env_overrides)
         reply: pb.InitWorkerReply = self._ask(self._call_init_worker, request, deadline - time.monotonic())
         self._limit = min(self._limit, reply.max_message_bytes)
         return reply

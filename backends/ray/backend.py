@@ -81,6 +81,8 @@ class RayBackend:
     ) -> Sequence[WorkerRef]:
         deadline = time.monotonic() + timeout
         tell: Progress = progress or (lambda _: None)
+        if request.gpus_per_worker and "CUDA_VISIBLE_DEVICES" in request.env_overrides:
+            raise ConfigError("env_overrides: Ray deals the GPUs out by CUDA_VISIBLE_DEVICES itself; leave it out")
         with self._guard:
             if self._closing.done():
                 raise Shutdown("the backend has been shut down")
@@ -151,7 +153,8 @@ class RayBackend:
             actor = _Actor(WorkerRef(f"ray-{index}", "", index=index), handle)
             self._actors[actor.ref.id] = actor
             self._follow(actor, handle.watch.options(concurrency_group="watch").remote(), None, "watch")
-            self._follow(actor, handle.start.remote(request.worker_class, dict(request.env)), actor.started, "start")
+            env, overrides = dict(request.env), dict(request.env_overrides)
+            self._follow(actor, handle.start.remote(request.worker_class, env, overrides), actor.started, "start")
 
     def _wait_until_ready(
         self, request: Placement, deadline: float, timeout: float, tell: Progress

@@ -16,21 +16,20 @@ from typing import Any
 
 import psutil
 
-from lightvllm.backends.base import Graph, GraphResult, exit_with, load_worker_class
+from lightvllm.backends.base import Graph, GraphResult, exit_with, load_worker_class, set_environment
 from lightvllm.backends.program import Source, dump, load, steps
 from lightvllm.messages import Buffer, encode_failure, invoke
 
 
-def apply_env(env: Mapping[str, str]) -> None:
-    """Set what the process has not been started with.
+def apply_env(env: Mapping[str, str], overrides: Mapping[str, str]) -> None:
+    """Set what the process has not been started with, and ``overrides`` in any case.
 
     Ray sets OMP_NUM_THREADS to the CPUs that it counts for the actor, after the start; that is a guess and no wish of
     anybody's, so it gives way. PYTHONPATH has been read already, so its folders are appended to ``sys.path``.
     """
     if "OMP_NUM_THREADS" not in psutil.Process().environ():
         os.environ.pop("OMP_NUM_THREADS", None)
-    for name, value in env.items():
-        os.environ.setdefault(name, value)
+    set_environment(env, overrides)
     for folder in env.get("PYTHONPATH", "").split(os.pathsep):
         if folder and folder not in sys.path:
             sys.path.append(folder)
@@ -120,12 +119,14 @@ class WorkerHost:
         self._worker: object = None
         self._programs: dict[str, Program] = {}
 
-    def start(self, worker_class: str, env: Mapping[str, str]) -> dict[str, Any] | bytes:
+    def start(
+        self, worker_class: str, env: Mapping[str, str], env_overrides: Mapping[str, str]
+    ) -> dict[str, Any] | bytes:
         """Construct the worker and say where it is; an encoded failure if it cannot be constructed."""
         import ray
 
         try:
-            apply_env(env)
+            apply_env(env, env_overrides)
             self._worker = load_worker_class(worker_class)()
         except Exception as error:  # noqa: BLE001  told to the driver, which raises it
             return encode_failure(error)

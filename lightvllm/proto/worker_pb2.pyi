@@ -17,8 +17,15 @@ DIRECT: Carrier
 UNARY: Carrier
 
 class InitWorkerRequest(_message.Message):
-    __slots__ = ("worker_class", "env", "carrier")
+    __slots__ = ("worker_class", "env", "carrier", "env_overrides")
     class EnvEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class EnvOverridesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -28,10 +35,12 @@ class InitWorkerRequest(_message.Message):
     WORKER_CLASS_FIELD_NUMBER: _ClassVar[int]
     ENV_FIELD_NUMBER: _ClassVar[int]
     CARRIER_FIELD_NUMBER: _ClassVar[int]
+    ENV_OVERRIDES_FIELD_NUMBER: _ClassVar[int]
     worker_class: str
     env: _containers.ScalarMap[str, str]
     carrier: Carrier
-    def __init__(self, worker_class: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., carrier: _Optional[_Union[Carrier, str]] = ...) -> None: ...
+    env_overrides: _containers.ScalarMap[str, str]
+    def __init__(self, worker_class: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., carrier: _Optional[_Union[Carrier, str]] = ..., env_overrides: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class InitWorkerReply(_message.Message):
     __slots__ = ("failure", "python_version", "lightvllm_version", "pid", "node", "device_ids", "max_message_bytes")
