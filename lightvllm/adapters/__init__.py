@@ -1,0 +1,1 @@
+"""Other engines on our executors and backends."""
