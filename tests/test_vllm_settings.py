@@ -264,8 +264,8 @@ def test_no_two_engines_share_an_address(hosts: int, on_host: int, pods: int, gp
         (
             (names(3), 2, 0, 0, 4, 2),
             (
-                "k8s_workers names 3 addresses; with 2 for each engine, name 8 workers for all 4 data-parallel engines, "
-                "or 4 for the 2 on this host"
+                "k8s_workers names 3 addresses; with 2 for each engine, name 8 workers for all 4 data-parallel "
+                "engines, or 4 for the 2 on this host"
             ),
         ),
         (
