@@ -365,6 +365,49 @@ def test_local_workers_are_started_with_explicit_variables(started: Any, monkeyp
     assert (environ["LIGHTVLLM_TEST_OWN"], environ["CUDA_VISIBLE_DEVICES"]) == ("explicit", "3")
 
 
+def test_local_workers_are_dealt_the_gpus_that_are_named(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    refs = place(
+        started(local_gpus=["6", "GPU-5ebe", "2"]), Placement(world_size=2, worker_class=WORKER, gpus_per_worker=1)
+    )
+    assert [ref.device_ids for ref in refs] == [("6",), ("GPU-5ebe",)]
+    with pytest.raises(PlacementError, match=r"2 GPUs are needed \(1 each\), local_gpus names 1 \(6\)"):
+        place(started(local_gpus=["6"]), Placement(world_size=2, worker_class=WORKER, gpus_per_worker=1))
+
+
+TALKATIVE = f"""
+import sys
+from lightvllm.backends.base import Placement
+from lightvllm.backends.k8s.backend import KubernetesBackend
+from lightvllm.messages import encode_call
+
+def talk(worker, name, lines):
+    import os, sys
+    for number in range(lines):
+        print(name * 150, number, file=sys.stderr if number % 2 else sys.stdout)
+
+backend = KubernetesBackend(show_output=True)
+workers = backend.place(Placement(world_size=2, worker_class={WORKER!r}), lambda *_: None, 60)
+calls = [backend.call(w, *encode_call(talk, (n, 2000), None)) for w, n in zip(workers, "ab")]
+for number in range(2000):
+    sys.stderr.write("d" * 150 + " %d\\n" % number)
+for call in calls:
+    call.result(60)
+backend.shutdown()
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_all_local_workers_print_is_shown_whole_and_in_order(unbuffered: str) -> None:
+    with script(TALKATIVE, env={"PYTHONUNBUFFERED": unbuffered}) as driver:
+        _, shown = driver.communicate(timeout=LIMIT)
+        assert driver.returncode == 0
+    lines = shown.splitlines()
+    assert len(lines) == 3 * 2000
+    for name in "abd":
+        assert [line for line in lines if line[0] == name] == [f"{name * 150} {number}" for number in range(2000)]
+
+
 def test_the_first_addresses_serve_a_smaller_layout(
     started: Any, commands: list[WorkerCommand], token_file: str
 ) -> None:
@@ -472,6 +515,11 @@ def test_an_address_of_something_else_is_no_worker(started: Any, token_file: str
         ({"workers": ("127.0.0.1:1", "127.0.0.1:1"), "token_file": "TOKEN"}, "127.0.0.1:1 more than once"),
         ({"workers": ("10.0.0.1:1",), "token_file": "TOKEN"}, "not a loopback address"),
         ({"workers": ("nonsense",), "token_file": "TOKEN"}, "malformed"),
+        ({"workers": ("127.0.0.1:1",), "token_file": "TOKEN", "local_gpus": ["0"]}, r"local_gpus=\['0'\] is for local"),
+        ({"local_gpus": "0,1"}, r"local_gpus='0,1'; expected a list of GPUs by index or UUID"),
+        ({"local_gpus": ["-1"]}, r"local_gpus=\['-1'\]; expected"),
+        ({"local_gpus": [1]}, r"local_gpus=\[1\]; expected"),
+        ({"local_gpus": ["3", "4", "3"]}, "local_gpus names 3 more than once"),
         ({"workers": ("127.0.0.1:1",), "token_file": "/no/such/file"}, "No such file"),
         ({"workers": ("127.0.0.1:1",), "token_file": "TOKEN", "tls_ca": "ca"}, "missing: tls_cert, tls_key"),
     ],

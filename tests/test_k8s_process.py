@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import queue
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -144,6 +146,50 @@ def test_its_log_is_shown_as_it_is_where_it_is_for_machines(folder: Path, capsys
     start(f"unix:{folder}/w.sock", env={"PYTHONPATH": str(folder)}, on_exit=exited.set)
     assert exited.wait(LIMIT)
     assert capsys.readouterr().err == f"{record}\n"
+
+
+def say(folder: Path, code: str) -> WorkerProcess:
+    """The server module is replaced by ``code``, which writes to ``err``, a binary stderr; its output is shown."""
+    (folder / "grpc.py").write_text(f"import sys\nerr = sys.stderr.buffer\n{code}\nerr.flush()\nsys.exit(3)\n")
+    process = start(f"unix:{folder}/w.sock", env={"PYTHONPATH": str(folder)}, show_output=True)
+    assert process.exited.wait(LIMIT)
+    process.end(time.monotonic())
+    return process
+
+
+def test_what_it_says_is_shown_as_it_is(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    words = b" some words \n\n\x1b[32mgreen\t\xe2\x82\xac\n\xff\x00\n" + b"x" * 20_000 + b"\nno end"
+    process = say(folder, f"err.write({words!r})")
+    assert capfdbinary.readouterr().err == words + b"\n"
+    assert process.reason() == "exited with code 3: no end"
+
+
+def test_where_stderr_has_no_bytes_junk_is_escaped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    say(folder, "err.write(b'\\xff\\x00\\n')")
+    assert shown.getvalue() == "\\xff\x00\n"
+
+
+def test_of_a_line_without_end_nothing_is_lost(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    size = 5 * 2**19
+    process = say(folder, f"err.write(b'y' * {size})")
+    pieces = capfdbinary.readouterr().err.split(b"\n")
+    assert [len(piece) for piece in pieces] == [2**20, 2**20, 2**19, 0]
+    assert b"".join(pieces) == b"y" * size
+    assert process.reason() == f"exited with code 3: {'y' * 4096}"  # which fits in a message
+
+
+@pytest.mark.parametrize("stderr", ["broken", "none"])
+def test_one_whose_words_nobody_takes_is_not_held_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stderr: str
+) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Broken() if stderr == "broken" else None)
+    assert say(folder, "err.write(b'z\\n' * 2**20 + b'the end')").reason() == "exited with code 3: the end"
 
 
 PARENT = """

@@ -73,6 +73,8 @@ class KubernetesBackend:
         tls_ca: str | None = None,
         transport: KubernetesTransport = "auto",
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        local_gpus: Sequence[str] | None = None,
+        show_output: bool = False,
     ) -> None:
         """Starts and connects to nothing.
 
@@ -83,6 +85,9 @@ class KubernetesBackend:
             transport: what carries calls: ``"grpc"`` (the session's stream), ``"direct"`` (a socket beside it, opened
                 by a ticket), or ``"auto"``: direct where it can be opened, else grpc.
             max_message_bytes: the largest payload of a call or reply.
+            local_gpus: GPUs, by index or UUID, that local workers are dealt, in place of all that this process sees.
+            show_output: what local workers print appears on this process's stderr, line by line as it is. What the
+                servers of ``workers`` print appears where they run.
 
         Raises:
             ConfigError: the options contradict each other, a file cannot be used, an address is malformed or unsafe.
@@ -99,13 +104,17 @@ class KubernetesBackend:
         self._discovery: Discovery
         tls = Tls.from_options(tls_cert, tls_key, tls_ca)
         if workers:
+            if local_gpus is not None:
+                raise ConfigError(
+                    f"local_gpus={list(local_gpus)} is for local workers, but k8s_workers are given; leave one out"
+                )
             if token_file is None:
                 raise ConfigError("k8s_workers need k8s_token_file, the token file that they were started with")
             self._discovery = StaticAddresses(workers, Token.read(token_file), tls)
         elif token_file is not None or tls is not None:
             raise ConfigError("k8s_token_file and TLS options are for k8s_workers, none of which are given")
         else:
-            self._discovery = LocalProcesses(max_message_bytes)
+            self._discovery = LocalProcesses(max_message_bytes, local_gpus, show_output=show_output)
         self._members: dict[str, _Member] = {}
         self._on_failure: OnFailure | None = None
         self._changed = threading.Condition()  # guards the state below, and wakes place()

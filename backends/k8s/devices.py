@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from lightvllm.errors import PlacementError
+from lightvllm.errors import ConfigError, PlacementError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+_ID = r"\d+|(GPU|MIG)-[\w/-]+"
 
 
 def visible_gpus(env: Mapping[str, str] | None = None, device_folder: str = "/dev") -> list[str]:
@@ -21,12 +22,23 @@ def visible_gpus(env: Mapping[str, str] | None = None, device_folder: str = "/de
     return sorted((match[1] for match in found if match), key=int)
 
 
-def deal_gpus(available: list[str], world_size: int, gpus_per_worker: int) -> list[list[str]]:
-    """Each local worker's share, in order. Raises PlacementError if there are too few."""
+def check_ids(option: str, gpus: Sequence[str]) -> None:
+    """Raise ConfigError unless ``gpus`` are ids as in CUDA_VISIBLE_DEVICES, each once."""
+    if isinstance(gpus, str) or not all(re.fullmatch(_ID, str(gpu)) and gpu == str(gpu) for gpu in gpus):
+        raise ConfigError(f"{option}={gpus!r}; expected a list of GPUs by index or UUID, such as ['0', '1']")
+    if repeated := sorted({gpu for gpu in gpus if list(gpus).count(gpu) > 1}):
+        raise ConfigError(f"{option} names {', '.join(repeated)} more than once; a GPU is dealt to one worker")
+
+
+def deal_gpus(
+    available: list[str], world_size: int, gpus_per_worker: int, whose: str = "this machine has"
+) -> list[list[str]]:
+    """Each local worker's share, in order. Raises PlacementError if there are too few; ``whose`` they are is for its
+    message."""
     needed = world_size * gpus_per_worker
     if needed > len(available):
         raise PlacementError(
-            f"0 of {world_size} workers: {needed} GPUs are needed ({gpus_per_worker} each), this machine has "
+            f"0 of {world_size} workers: {needed} GPUs are needed ({gpus_per_worker} each), {whose} "
             f"{len(available)} ({', '.join(available) or 'none'})"
         )
     return [available[i * gpus_per_worker : (i + 1) * gpus_per_worker] for i in range(world_size)]

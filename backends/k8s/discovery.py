@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -53,7 +53,13 @@ class Discovery(Protocol):
 class LocalProcesses:
     """One child process per worker, each listening on a Unix socket in a directory that only this user can enter."""
 
-    def __init__(self, max_message_bytes: int) -> None:
+    def __init__(self, max_message_bytes: int, gpus: Sequence[str] | None = None, *, show_output: bool = False) -> None:
+        """``gpus`` are dealt out to the workers; None for all that this process sees. Raises ConfigError for what is no
+        list of GPUs. ``show_output``: see ``WorkerProcess``."""
+        if gpus is not None:
+            devices.check_ids("local_gpus", gpus)
+        self._gpus = gpus
+        self._show_output = show_output
         self._max_message_bytes = max_message_bytes
         self._directory: Path | None = None
         self._lock = threading.Lock()
@@ -67,7 +73,9 @@ class LocalProcesses:
                 "use PACK or SPREAD, or give k8s_workers on different nodes"
             )
         env = {**request.env, **os.environ, **request.env_overrides}
-        shares = devices.deal_gpus(devices.visible_gpus(env), request.world_size, request.gpus_per_worker)
+        gpus = devices.visible_gpus(env) if self._gpus is None else list(self._gpus)
+        whose = "this machine has" if self._gpus is None else "local_gpus names"
+        shares = devices.deal_gpus(gpus, request.world_size, request.gpus_per_worker, whose)
         token = Token.new()
         directory = self._directory = private_directory()
         endpoints = []
@@ -82,6 +90,7 @@ class LocalProcesses:
                     token,
                     max_message_bytes=self._max_message_bytes,
                     env={**env, **own},
+                    show_output=self._show_output,
                     on_exit=functools.partial(on_exit, index),
                 )
                 self._started.append(process)

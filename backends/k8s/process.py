@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
@@ -31,8 +32,10 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 """Default of the largest payload of a call or a reply."""
 
 _KILLED_SECONDS = 5.0  # from SIGKILL to the end, which the kernel may put off (a stuck mount or device)
+_LAST_WORDS_SECONDS = 0.2  # to read on after the end; a grandchild elsewhere may hold the pipe open for longer
 _TAIL_LINES = 40
-_LINE_BYTES = 4096
+_TAIL_LINE_BYTES = 4096
+_LINE_BYTES = 2**20  # a longer line is shown in pieces of this size, each on a line of its own
 _SERVER_MODULE = "lightvllm.backends.k8s.server"
 
 
@@ -64,6 +67,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: str = ""
 
 
+_showing = threading.Lock()  # one line at a time, of all workers
+
+
 class WorkerProcess:
     """A running child.
 
@@ -81,12 +87,14 @@ class WorkerProcess:
         reflection: bool = False,
         env: Mapping[str, str],
         capture: bool = True,
+        show_output: bool = False,
         on_exit: Callable[[], None] = lambda: None,
     ) -> None:
         """Start it; returns before it listens.
 
         ``env`` is its whole environment. ``capture`` keeps the last lines of its stderr for error messages,
-        otherwise it shares the parent's. ``on_exit`` is called once, from a thread, when it has ended.
+        otherwise it shares the parent's. ``show_output`` passes what is captured on to this process's stderr, line by
+        line as it is. ``on_exit`` is called once, from a thread, when it has ended.
         Raises PlacementError if the system cannot start a process.
         """
         bootstrap = Bootstrap(
@@ -113,7 +121,7 @@ class WorkerProcess:
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._reader: threading.Thread | None = None
         if self._process.stderr is not None:
-            self._reader = self._thread(self._read_stderr, self._process.stderr)
+            self._reader = self._thread(self._read_stderr, self._process.stderr, show_output)
         self._status: Future[Status] = Future()
         self._reaping = threading.Lock()
         self._reaped = False
@@ -164,6 +172,8 @@ class WorkerProcess:
         if not self.exited.wait(max(0.0, deadline - time.monotonic())):
             self.kill()
             self.exited.wait(_KILLED_SECONDS)
+        if self._reader is not None:
+            self._reader.join(_LAST_WORDS_SECONDS)
 
     def _stdin(self) -> IO[bytes]:
         assert self._process.stdin is not None
@@ -174,17 +184,17 @@ class WorkerProcess:
         thread.start()
         return thread
 
-    def _read_stderr(self, stream: IO[bytes]) -> None:
-        show = bool(os.environ.get("LIGHTVLLM_DEBUG"))
+    def _read_stderr(self, stream: IO[bytes], show_output: bool) -> None:
+        debug = bool(os.environ.get("LIGHTVLLM_DEBUG"))
         with stream:
             while line := stream.readline(_LINE_BYTES):
-                text = line.decode(errors="replace").rstrip()
-                if text:
+                if text := line[:_TAIL_LINE_BYTES].decode(errors="backslashreplace").rstrip():
                     self._tail.append(text)
-                if logs.is_json_record(text):  # says itself who it is from
-                    sys.stderr.write(f"{text}\n")
-                elif show:
-                    sys.stderr.write(f"[worker {self.pid}] {text}\n")
+                whole = line if line.endswith(b"\n") else line + b"\n"
+                if show_output or logs.is_json_record(line.decode(errors="replace").rstrip()):  # says who it is from
+                    _show(whole)
+                elif debug:
+                    _show(b"[worker %d] %s" % (self.pid, whole))
 
     def _read_status(self, stream: IO[bytes]) -> None:
         with stream:
@@ -198,7 +208,23 @@ class WorkerProcess:
             self._process.wait()
             self._reaped = True
         if self._reader is not None:
-            self._reader.join(0.2)  # its last words; a grandchild elsewhere may hold the pipe open for longer
+            self._reader.join(_LAST_WORDS_SECONDS)
         self.hang_up()
         self.exited.set()
         on_exit()
+
+
+def _show(line: bytes) -> None:
+    """On this process's stderr, in one go: below its text layer, where a line that is being printed in two writes may
+    wait for its end. A stderr that takes nothing more is no reason to leave the worker with a pipe that is full."""
+    with _showing, contextlib.suppress(OSError, ValueError):
+        stream: Any = sys.stderr
+        if stream is None:
+            return
+        if isinstance(stream, io.TextIOWrapper):
+            stream, rest = stream.buffer, memoryview(line)
+            while rest and (written := stream.write(rest)):  # with PYTHONUNBUFFERED it may take less than all
+                rest = rest[written:]
+        else:
+            stream.write(line.decode(errors="backslashreplace"))
+        stream.flush()
