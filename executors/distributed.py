@@ -209,6 +209,11 @@ class DistributedExecutor(Executor):
                 callback()
 
     @property
+    def failure(self) -> LightvllmError | None:
+        """What every further call raises: WorkerDied, or Shutdown; None while calls can be made."""
+        return self._failed_with()
+
+    @property
     def is_failed(self) -> bool:
         return isinstance(self._failure, WorkerDied)
 

@@ -1,0 +1,430 @@
+"""vLLM's ``Executor`` over ours: unmodified vLLM on any backend of lightvllm.
+
+``--distributed-executor-backend lightvllm.adapters.vllm.KubernetesExecutor`` (or ``RayExecutor``), or the class given
+to ``LLM(...)``. It follows the contract of vLLM 0.32 (``vllm/v1/executor/abstract.py``, ``vllm/v1/engine/core.py``):
+what the base class makes of ``collective_rpc`` is left to it, so that only start, steps, failure and end are here.
+Where the workers are and what they get from this process's environment is told by ``settings.py`` and
+``environment.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import pickle
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal
+
+import vllm.envs
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_torch_threads_for_runtime
+from vllm.v1.executor.abstract import Executor, FailureCallback
+from vllm.v1.executor.multiproc_executor import set_multiprocessing_worker_envs
+
+from lightvllm.adapters.vllm import environment, versions
+from lightvllm.adapters.vllm.settings import AdapterSettings, load_settings, workers_of_engine
+from lightvllm.adapters.vllm.worker import WorkerStart
+from lightvllm.backends.base import Backend, Placement, WorkerRef
+from lightvllm.config import ParallelConfig
+from lightvllm.errors import ConfigError, LightvllmError
+from lightvllm.executors.distributed import DistributedExecutor
+from lightvllm.executors.ranks import device_indices, local_ranks
+
+# Below vLLM's own logger, whose handlers and format it so shares.
+logger = init_logger(f"vllm.{__name__}")
+
+WORKER_CLASS = "lightvllm.adapters.vllm.worker:VllmWorker"
+HEALTH_TIMEOUT = 10.0
+CLOSE_TIMEOUT = 5.0
+"""Seconds that workers which still answer get to give back their process groups and shared memory."""
+
+
+class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed where types are checked
+    """What both executors share. Made by vLLM, in the process of its engine core.
+
+    Attributes:
+        executor: ours, with the workers' addresses, ranks and backend.
+    """
+
+    supports_pp = True
+    # vLLM's own meaning of it is "I shall have a placement group made by vLLM", which neither of ours needs.
+    uses_ray = False
+    executor: DistributedExecutor
+
+    _backend_name: Literal["k8s", "ray"]
+
+    def _init_executor(self) -> None:
+        """Place the workers, have them form their groups and load the model.
+
+        Raises:
+            ConfigError: what was asked for cannot be done here.
+            PlacementError: not all workers could be placed in time, or they run other versions than this process.
+            WorkerDied, WorkerError, RpcTimeout: a worker failed while it was starting. Nothing is left of the others.
+        """
+        self._closing = threading.Lock()
+        self._closed = False
+        try:
+            self._start()
+        except LightvllmError as error:
+            # vLLM shows a traceback of two processes; this is the line to read.
+            logger.error("%s: %s", type(self).__name__, error)
+            raise
+
+    def _start(self) -> None:
+        parallel = self.parallel_config
+        self.settings = settings = load_settings(self.vllm_config.additional_config, os.environ, self._backend_name)
+        _check_supported(self.vllm_config)
+        self.output_rank = parallel.world_size - parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
+        if warning := versions.warn_unless_supported(versions.local_versions().vllm):
+            logger.warning(warning)
+        backend, self._is_local = self._make_backend(settings)
+        self.executor = DistributedExecutor(
+            backend,
+            self._placement(settings),
+            ParallelConfig(
+                tensor_parallel_size=parallel.tensor_parallel_size * parallel.prefill_context_parallel_size,
+                pipeline_parallel_size=parallel.pipeline_parallel_size,
+            ),
+            start_timeout=settings.start_timeout,
+            rpc_timeout=settings.rpc_timeout,
+            step_timeout=vllm.envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+            shutdown_timeout=settings.shutdown_timeout,
+            progress=lambda text: logger.info("%s", text),
+        )
+        # Not through self: this executor's end must not wait for the collector.
+        self._finalizer = weakref.finalize(self, self.executor.shutdown)
+        try:
+            self._bring_up()
+        except BaseException:
+            self.executor.shutdown()
+            raise
+        failed = weakref.WeakMethod(self._failed)
+        self.executor.register_failure_callback(lambda: (alive := failed()) and alive())
+
+    def _make_backend(self, settings: AdapterSettings) -> tuple[Backend, bool]:
+        """The backend, and whether the workers will be children of this process on this machine."""
+        raise NotImplementedError
+
+    def _placement(self, settings: AdapterSettings) -> Placement:
+        # Local workers see the GPUs that this process sees, as those of vLLM's multiprocessing executor do, and take
+        # theirs by local rank; vLLM itself says if there are too few.
+        deals_gpus = current_platform.is_cuda_alike() and not self._is_local
+        return Placement(
+            world_size=self.parallel_config.world_size,
+            worker_class=WORKER_CLASS,
+            gpus_per_worker=int(deals_gpus),
+            strategy=settings.strategy,
+            env={}
+            if self._is_local
+            else environment.for_workers(os.environ, vllm.envs.environment_variables, settings),
+            env_overrides=settings.env,
+        )
+
+    def _bring_up(self) -> None:
+        executor, ranks = self.executor, range(self.parallel_config.world_size)
+        described: list[versions.Versions] = executor.collective_rpc("describe", self.settings.start_timeout)
+        names = [f"{worker.id} (rank {rank})" for rank, worker in enumerate(executor.workers)]
+        versions.check(versions.local_versions(), dict(zip(names, described, strict=True)))
+
+        one_node = len({worker.node for worker in executor.workers}) == 1
+        devices = [rank for rank, _ in local_ranks(executor.workers)]
+        env: list[dict[str, str]] = [{} for _ in ranks]
+        if self._is_local:
+            env = _openmp(self.vllm_config, len(ranks))
+        elif current_platform.is_cuda_alike():
+            devices, visible = shared_devices(executor.workers)
+            for rank in ranks:
+                env[rank]["CUDA_VISIBLE_DEVICES"] = visible[rank]
+        executor.scatter_rpc("prepare", {rank: [env[rank]] for rank in ranks})
+
+        (meeting,) = executor.scatter_rpc("open_meeting", {0: [one_node, len(ranks)]})
+        config = self.vllm_config if self._is_local else _config_for_other_hosts(self.vllm_config)
+        starts = {
+            rank: [
+                WorkerStart(
+                    vllm_config=config,
+                    rank=rank,
+                    local_rank=devices[rank],
+                    init_method=meeting if one_node else _on_node(meeting, executor.workers[rank]),
+                )
+            ]
+            for rank in ranks
+        }
+        executor.scatter_rpc("construct", starts)
+        logger.info("%d worker%s: forming the process groups", len(ranks), "s" * (len(ranks) > 1))
+        executor.collective_rpc("join_groups")
+        executor.scatter_rpc(
+            "load_weights",
+            {rank: [] for rank in ranks},
+            on_reply=lambda done, of: logger.info("%d of %d ranks have loaded their weights", done, of),
+        )
+        # This process only schedules; torch's threads would take the workers' cores.
+        set_torch_threads_for_runtime()
+
+    # ------------------------------------------------------------------------------------------------- calls
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        non_block: bool = False,
+        unique_reply_rank: int | None = None,
+        kv_output_aggregator: Any = None,
+        ec_output_aggregator: Any = None,
+    ) -> Any:
+        """See ``lightvllm.executors.base.Executor.collective_rpc``.
+
+        With an aggregator all ranks reply, and the aggregators make one output of theirs: ``unique_reply_rank``'s.
+        """
+        aggregators = [each for each in (kv_output_aggregator, ec_output_aggregator) if each is not None]
+        reply_rank = None if aggregators else unique_reply_rank
+        future = self._send(method, timeout, tuple(args), dict(kwargs or {}), reply_rank)
+        if aggregators:
+            future = _Aggregated(future, aggregators, unique_reply_rank or 0)
+        return future if non_block else future.result()
+
+    def _send(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reply_rank: int | None,
+    ) -> Future[Any]:
+        future: Future[Any]
+        if callable(method):
+            future = self.executor.collective_rpc(
+                "run", timeout, (method, args, kwargs, reply_rank), non_block=True, unique_reply_rank=reply_rank
+            )
+            return future
+        # vLLM's own objects need nothing that cloudpickle adds, and pickle takes a third of the time.
+        call = pickle.dumps((method, args, kwargs), pickle.HIGHEST_PROTOCOL)
+        future = self.executor.collective_rpc(
+            "run_pickled", timeout, (call, reply_rank), non_block=True, unique_reply_rank=reply_rank
+        )
+        return future
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        """One step; the output rank's result, or a Future of it. None where sampling is a call of its own."""
+        return self._step("execute_model", scheduler_output, non_block)
+
+    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
+        """The second half of a step."""
+        return self._step("sample_tokens", grammar_output, non_block)
+
+    def _step(self, method: str, argument: Any, non_block: bool) -> Any:
+        return self.collective_rpc(
+            method,
+            self.executor.step_timeout,
+            (argument,),
+            non_block=non_block,
+            unique_reply_rank=self.output_rank,
+            kv_output_aggregator=self.kv_output_aggregator,
+            ec_output_aggregator=self.ec_output_aggregator,
+        )
+
+    def execute_dummy_batch(self) -> None:
+        """A step without requests, which data-parallel engines take for the others' sake."""
+        self.collective_rpc("execute_dummy_batch", self.executor.step_timeout, unique_reply_rank=self.output_rank)
+
+    def take_draft_token_ids(self) -> Any:
+        """The draft tokens of the last step, from the rank that has them."""
+        return self.collective_rpc(
+            "take_draft_token_ids", self.executor.step_timeout, unique_reply_rank=self.output_rank
+        )
+
+    @classmethod
+    def supports_async_scheduling(cls) -> bool:
+        return True
+
+    # ----------------------------------------------------------------------------------------------- failure
+
+    @property
+    def is_failed(self) -> bool:
+        """True once a worker is gone; every further call raises WorkerDied."""
+        return self.executor.is_failed
+
+    def register_failure_callback(self, callback: FailureCallback) -> None:
+        """Have ``callback`` called when a worker is gone; at once if one is already."""
+        self.executor.register_failure_callback(callback)
+
+    def check_health(self) -> None:
+        """Raise unless every worker answers."""
+        self.collective_rpc("check_health", HEALTH_TIMEOUT)
+
+    def _failed(self) -> None:
+        logger.error("%s: %s; the other workers are ended", type(self).__name__, self.executor.failure)
+        # In a thread: this is called where the death was noticed, and vLLM's own callback is not to wait for it.
+        threading.Thread(target=self.executor.shutdown, name="lightvllm-end-group", daemon=True).start()
+
+    # ---------------------------------------------------------------------------------------------- shutdown
+
+    def shutdown(self) -> None:
+        """End the workers and leave nothing behind. Idempotent."""
+        executor = getattr(self, "executor", None)
+        if executor is None:
+            return
+        with self._closing:
+            first, self._closed = not self._closed, True
+        if first and executor.failure is None:
+            self._close_workers(executor)
+        executor.shutdown()
+
+    def _close_workers(self, executor: DistributedExecutor) -> None:
+        try:
+            executor.collective_rpc("close", CLOSE_TIMEOUT)
+        except LightvllmError as error:
+            logger.warning("a worker did not close in an orderly way and is ended: %s", error)
+
+
+class KubernetesExecutor(_BackendExecutor):
+    """Workers behind authenticated gRPC: local processes, or ``lightvllm worker`` servers, see ``settings.py``."""
+
+    _backend_name = "k8s"
+
+    def _make_backend(self, settings: AdapterSettings) -> tuple[Backend, bool]:
+        from lightvllm.backends.k8s.backend import KubernetesBackend
+
+        parallel = self.parallel_config
+        if not settings.k8s_workers:
+            set_multiprocessing_worker_envs(parallel.local_world_size * max(1, parallel.data_parallel_size_local))
+            return KubernetesBackend(transport=settings.k8s_transport, show_output=settings.show_worker_output), True
+        backend = KubernetesBackend(
+            workers=workers_of_engine(
+                settings.k8s_workers,
+                parallel.world_size,
+                parallel.data_parallel_index,
+                parallel.data_parallel_rank_local,
+                parallel.data_parallel_size,
+                parallel.data_parallel_size_local,
+                settings.k8s_gpus_per_pod,
+            ),
+            gpus_per_pod=settings.k8s_gpus_per_pod,
+            token_file=settings.k8s_token_file,
+            tls_cert=settings.k8s_tls_cert,
+            tls_key=settings.k8s_tls_key,
+            tls_ca=settings.k8s_tls_ca,
+            transport=settings.k8s_transport,
+        )
+        return backend, False
+
+
+class RayExecutor(_BackendExecutor):
+    """Workers in Ray actors, one in each bundle of a placement group."""
+
+    _backend_name = "ray"
+
+    def _make_backend(self, settings: AdapterSettings) -> tuple[Backend, bool]:
+        from lightvllm.backends.ray.backend import RayBackend
+        from lightvllm.backends.ray.cluster import LocalClusterConfig
+
+        local = LocalClusterConfig(log_to_driver=settings.show_worker_output)
+        return RayBackend(address=settings.ray_address, local_cluster=local), False
+
+
+class _Aggregated(Future[Any]):
+    """One output made of all ranks' outputs, as soon as they are there."""
+
+    def __init__(self, outputs: Future[Any], aggregators: Sequence[Any], rank: int) -> None:
+        super().__init__()
+        self._outputs, self._aggregators, self._rank = outputs, aggregators, rank
+        self.set_running_or_notify_cancel()
+        outputs.add_done_callback(self._aggregate)
+
+    def _aggregate(self, outputs: Future[Any]) -> None:
+        try:
+            all_ranks = outputs.result()
+            result = all_ranks[self._rank]
+            for aggregator in self._aggregators:  # each adds its part to that rank's output
+                result = aggregator.aggregate(all_ranks, output_rank=self._rank)
+        except BaseException as error:  # noqa: BLE001  raised where the result is asked for
+            self.set_exception(error)
+        else:
+            self.set_result(result)
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not self._outputs.done():
+            self._outputs.result(timeout)  # which may read the replies in this thread, and knows its own time-out
+        return super().result()
+
+
+def shared_devices(workers: Sequence[WorkerRef]) -> tuple[list[int], list[str]]:
+    """For workers in rank order: the index of each one's device, and what CUDA_VISIBLE_DEVICES is to be.
+
+    The workers of a node all see the node's devices, so that they can reach each other's memory; a worker that saw its
+    own alone keeps it, and those that saw the same ones take them in turn.
+    """
+    by_node: dict[str, list[str]] = defaultdict(list)
+    for worker in workers:
+        by_node[worker.node] += [device for device in worker.device_ids if device not in by_node[worker.node]]
+    for devices in by_node.values():
+        devices.sort(key=lambda device: (0, int(device), "") if device.isdigit() else (1, 0, device))
+    own = device_indices(workers)
+    taken = [worker.device_ids[index] for worker, index in zip(workers, own, strict=True)]
+    indices = [by_node[worker.node].index(device) for worker, device in zip(workers, taken, strict=True)]
+    return indices, [",".join(by_node[worker.node]) for worker in workers]
+
+
+def _check_supported(config: Any) -> None:
+    """Refuse what vLLM offers and these executors do not, rather than ignore it."""
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+        raise ConfigError(
+            f"vLLM's platform here is {current_platform.device_name!r}; these executors place workers on CPUs and on "
+            "CUDA or ROCm GPUs"
+        )
+    if getattr(config.parallel_config, "numa_bind", False):
+        raise ConfigError(
+            "numa_bind=True: these executors do not bind workers to NUMA nodes; start them bound (numactl … lightvllm "
+            "worker), or leave it out"
+        )
+    multimodal = getattr(config.model_config, "multimodal_config", None)
+    if getattr(multimodal, "mm_processor_cache_type", None) == "shm":
+        raise ConfigError(
+            "mm_processor_cache_type='shm' needs a lock that all workers inherit from one process; use 'lru'"
+        )
+
+
+def _openmp(config: Any, world_size: int) -> list[dict[str, str]]:
+    """OpenMP's variables for each local worker on a CPU, as vLLM's multiprocessing executor sets them."""
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    manager = OMPProcessManager(config)
+    variables = []
+    for rank in range(world_size):
+        before = dict(os.environ)
+        with manager.configure_omp_envs(rank=rank, local_rank=rank):
+            variables.append({name: value for name, value in os.environ.items() if before.get(name) != value})
+    return variables
+
+
+def _config_for_other_hosts(config: Any) -> Any:
+    """A copy for workers that share no machine with this process.
+
+    vLLM takes GPUs of one machine to be shared among its data-parallel engines, and shifts local ranks by the engine's
+    number; a pod or actor holds the workers of one engine alone. The same goes for GPU numbers of this machine.
+    """
+    config = copy.copy(config)
+    parallel = config.parallel_config = copy.copy(config.parallel_config)
+    parallel.assigned_physical_gpu_ids = None
+    if parallel.data_parallel_rank_local is not None or parallel.data_parallel_size > 1:
+        parallel.data_parallel_rank_local = 0
+    return config
+
+
+def _on_node(meeting: str, worker: WorkerRef) -> str:
+    """The init method with a mark of the worker's node.
+
+    vLLM's CPU communicator takes ranks with the same init method to share memory, and ends with an error where they do
+    not; torch itself ignores the mark.
+    """
+    if not current_platform.is_cpu():
+        return meeting
+    return f"{meeting}?node={hashlib.sha256(worker.node.encode()).hexdigest()[:8]}"
