@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from lightvllm.cli import certs, doctor, generate, kernels, models, parity, router, run_batch, serve, worker
+from lightvllm.cli import certs, doctor, generate, kernels, models, parity, router, run_batch, serve, vllm, worker
 from lightvllm.errors import LightvllmError, WorkerError
 from lightvllm.version import __version__
 
@@ -76,6 +76,7 @@ app.command("certs")(certs.certs)
 app.command("doctor")(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(kernels.app, name="kernels")
+app.add_typer(vllm.app, name="vllm")
 
 
 def _print_version(asked: bool) -> None:

@@ -142,7 +142,9 @@ def variable_of(field: str) -> str:
     return PREFIX + field.upper()
 
 
-def load_settings(additional_config: object, environ: Mapping[str, str], executor: Executor) -> AdapterSettings:
+def load_settings(
+    additional_config: object, environ: Mapping[str, str], executor: Executor | None = None
+) -> AdapterSettings:
     """The settings that vLLM's configuration and the environment hold.
 
     A variable that is set to nothing counts as not set. A variable that looks like a field's mistyped name is warned of
@@ -151,7 +153,7 @@ def load_settings(additional_config: object, environ: Mapping[str, str], executo
     Args:
         additional_config: vLLM's own; an object that is no mapping belongs to somebody else and is not looked at.
         environ: the environment, ``os.environ``.
-        executor: whose settings they are; those of the other one are refused.
+        executor: whose settings they are; those of the other one are refused. None takes them all, to show them.
 
     Raises:
         ConfigError: an unknown key, a wrong type or value, or the other executor's setting; names where it stands.
@@ -161,13 +163,13 @@ def load_settings(additional_config: object, environ: Mapping[str, str], executo
         for field in AdapterSettings.__struct_fields__
         if environ.get(variable := variable_of(field), "").strip()
     }
-    other: Executor = "ray" if executor == "k8s" else "k8s"
     values = {}
     for field, (source, value) in (variables | _of_config(additional_config)).items():
-        if field.startswith(f"{other}_"):
+        owner = field.partition("_")[0]
+        if executor and owner in CLASSES and owner != executor:
             raise ConfigError(
-                f"{source} is given, which is for {CLASSES[other]}, but vLLM uses {CLASSES[executor]}; leave it out, "
-                f"or use --distributed-executor-backend lightvllm.adapters.vllm.{CLASSES[other]}"
+                f"{source} is given, which is for {CLASSES[owner]}, but vLLM uses {CLASSES[executor]}; leave it out, "
+                f"or use --distributed-executor-backend lightvllm.adapters.vllm.{CLASSES[owner]}"
             )
         values[field] = _read(field, source, value)
     _warn_of_near_misses(environ)
