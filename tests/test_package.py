@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -57,6 +59,13 @@ def test_layers_hold() -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout
+
+
+def test_the_contract_on_vllm_leaves_nobody_out() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (sources,) = [each["source_modules"] for each in contracts if each.get("forbidden_modules") == ["vllm"]]
+    everybody = {f"lightvllm.{module.name}" for module in pkgutil.iter_modules(lightvllm.__path__)}
+    assert set(sources) == everybody - {"lightvllm.adapters"}
 
 
 def test_nobody_imports_the_bare_folders() -> None:
