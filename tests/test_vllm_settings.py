@@ -54,10 +54,11 @@ def test_these_are_all_fields() -> None:
 )
 def test_each_field_from_either_place(executor: Executor, field: str) -> None:
     value, text = (K8S | RAY | BOTH)[field]
-    from_config = load({field: value}, executor=executor)
+    workers = {"k8s_workers": ["w:1"]} if field.startswith("k8s_") and field != "k8s_workers" else {}
+    from_config = load({field: value, **workers}, executor=executor)
     expected = tuple(value) if isinstance(value, list) else value
     assert getattr(from_config, field) == expected != getattr(AdapterSettings(), field)
-    assert load(environ={variable_of(field): text}, executor=executor) == from_config
+    assert load(workers, {variable_of(field): text}, executor=executor) == from_config
 
 
 def test_the_configuration_wins_over_the_variable_field_by_field() -> None:
@@ -182,6 +183,18 @@ def test_the_other_executors_settings(executor: Executor, ours: Any, environ: An
     with pytest.raises(ConfigError) as error:
         load(ours, environ, executor)
     assert str(error.value) == said
+
+
+@pytest.mark.parametrize("field", [field for field in K8S if field not in ("k8s_workers", "k8s_transport")])
+def test_what_is_for_workers_that_are_not_named(field: str) -> None:
+    value, text = K8S[field]
+    said = "is for k8s_workers, none of which are given; name them in LIGHTVLLM_K8S_WORKERS, or leave it out"
+    with pytest.raises(ConfigError) as error:
+        load({field: value})
+    assert str(error.value) == f"additional_config['lightvllm'][{field!r}] {said}"
+    with pytest.raises(ConfigError) as error:
+        load(environ={variable_of(field): text})
+    assert str(error.value) == f"{variable_of(field)} {said}"
 
 
 @pytest.mark.parametrize(

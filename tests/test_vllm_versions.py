@@ -80,7 +80,7 @@ def test_versions_need_neither_vllm_nor_torch() -> None:
     code = (
         "import sys\n"
         "for name in ('vllm', 'torch', 'ray', 'grpc'): sys.modules[name] = None\n"
-        "from lightvllm.adapters.vllm import settings, versions\n"
+        "from lightvllm.adapters.vllm import environment, settings, versions\n"
         "print(versions.local_versions().torch)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

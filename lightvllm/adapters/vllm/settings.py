@@ -45,7 +45,7 @@ class AdapterSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         k8s_workers: addresses of ``lightvllm worker`` servers, ``"host:port"``, in the order of ranks; empty starts
             worker processes on this machine.
-        k8s_gpus_per_pod: workers behind each of those addresses.
+        k8s_gpus_per_pod: workers behind each of those addresses, at as many consecutive ports.
         k8s_token_file: file with the token that those servers were started with.
         k8s_tls_cert, k8s_tls_key, k8s_tls_ca: PEM files for mutual TLS with them: the driver's certificate, its key,
             and the CA that signed the servers'. Needed for addresses that are not loopback.
@@ -110,6 +110,7 @@ class AdapterSettings(msgspec.Struct, frozen=True, kw_only=True):
         return f"{type(self).__name__}({', '.join(fields)})"
 
 
+_FOR_WORKERS = ("k8s_gpus_per_pod", "k8s_token_file", "k8s_tls_cert", "k8s_tls_key", "k8s_tls_ca")
 _SECONDS = "a positive number of seconds"
 _PATTERNS = "variables' names or PREFIX*"
 _FILE = "a file's path"
@@ -156,15 +157,16 @@ def load_settings(
         executor: whose settings they are; those of the other one are refused. None takes them all, to show them.
 
     Raises:
-        ConfigError: an unknown key, a wrong type or value, or the other executor's setting; names where it stands.
+        ConfigError: an unknown key, a wrong type or value, the other executor's setting, or one that needs
+            ``k8s_workers`` without them; names where it stands.
     """
     variables = {
         field: (variable, environ[variable])
         for field in AdapterSettings.__struct_fields__
         if environ.get(variable := variable_of(field), "").strip()
     }
-    values = {}
-    for field, (source, value) in (variables | _of_config(additional_config)).items():
+    given, values = variables | _of_config(additional_config), {}
+    for field, (source, value) in given.items():
         owner = field.partition("_")[0]
         if executor and owner in CLASSES and owner != executor:
             raise ConfigError(
@@ -173,7 +175,14 @@ def load_settings(
             )
         values[field] = _read(field, source, value)
     _warn_of_near_misses(environ)
-    return AdapterSettings(**values)
+    settings = AdapterSettings(**values)
+    for field in _FOR_WORKERS:
+        if not settings.k8s_workers and getattr(settings, field) != getattr(AdapterSettings(), field):
+            raise ConfigError(
+                f"{given[field][0]} is for k8s_workers, none of which are given; name them in "
+                f"{variable_of('k8s_workers')}, or leave it out"
+            )
+    return settings
 
 
 def _of_config(additional_config: object) -> dict[str, tuple[str, Any]]:
