@@ -105,6 +105,7 @@ def test_secrets_stay_unless_they_are_named(name: str) -> None:
 def test_a_url_with_a_password_is_a_secret() -> None:
     assert not of("LMCACHE_REMOTE_URL", "redis://user:hunter2@cache:6379").reaches
     assert not of("LMCACHE_REMOTE_URL", "redis://:hunter2@cache:6379").reaches
+    assert of("MY_URL", env={"MY_URL": "redis://user:hunter2@cache"}).secret
     for plain in ("redis://cache:6379", "redis://user@cache:6379", "lm://cache:1/a:b@c"):
         assert of("LMCACHE_REMOTE_URL", plain).reaches
 

@@ -44,82 +44,82 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     secret: bool = False
 
 
-_OWN_ADDRESS = "an address of one host"
-_OWN_DEVICES = "the devices of one worker; whoever places the workers deals them"
-_OWN_RANK = "one worker's place in its group, which the executor tells it"
-_OWN_CORES = "core numbers of one host"
+def _rules(reaches: bool, why: str, *patterns: str) -> tuple[Rule, ...]:
+    return tuple(Rule(pattern, reaches, why) for pattern in patterns)
+
+
 _LINK = "Kubernetes' address of a Service; a pod has its own"
 
 STAY = (
-    Rule("VLLM_HOST_IP", False, _OWN_ADDRESS),
-    Rule("VLLM_HOST_PORT", False, _OWN_ADDRESS),
-    Rule("VLLM_*_SIDE_CHANNEL_HOST", False, _OWN_ADDRESS),
-    Rule("MOONCAKE_REQUESTER_LOCAL_HOSTNAME", False, _OWN_ADDRESS),
-    Rule("MOONCAKE_PREFERRED_SEGMENT", False, _OWN_ADDRESS),
-    Rule("NCCL_HOSTID", False, "tells hosts apart: with one for all, NCCL would look for the others in shared memory"),
-    Rule("VLLM_PORT", False, "ports of one host's processes; Kubernetes sets it too, for a Service called vllm"),
-    Rule("VLLM_RPC_BASE_PATH", False, "a folder for one host's sockets"),
-    Rule("VLLM_GPU_NIC_PCIE_MAPPING", False, "PCI addresses of one host"),
-    Rule("VLLM_NIC_SELECTION_VARS", False, "belongs to VLLM_GPU_NIC_PCIE_MAPPING"),
-    Rule("CUDA_MPS_*_DIRECTORY", False, "a folder for one host's sockets"),
-    Rule("*_SERVICE_HOST", False, _LINK),
-    Rule("*_SERVICE_PORT*", False, _LINK),
-    Rule("*_PORT_[0-9]*_*", False, _LINK),
-    Rule("*_VISIBLE_DEVICES", False, _OWN_DEVICES),
-    Rule("*_VISIBLE_CHIPS", False, _OWN_DEVICES),
-    Rule("GPU_DEVICE_ORDINAL", False, _OWN_DEVICES),
-    Rule("ZE_AFFINITY_MASK", False, _OWN_DEVICES),
-    Rule("ONEAPI_DEVICE_SELECTOR", False, _OWN_DEVICES),
-    Rule("RANK", False, _OWN_RANK),
-    Rule("LOCAL_RANK", False, _OWN_RANK),
-    Rule("GROUP_RANK", False, _OWN_RANK),
-    Rule("WORLD_SIZE", False, _OWN_RANK),
-    Rule("LOCAL_WORLD_SIZE", False, _OWN_RANK),
-    Rule("MASTER_*", False, "a rendezvous that another launcher made; the executor makes its own"),
-    Rule("TORCHELASTIC_*", False, "another launcher's"),
-    Rule("VLLM_DP_*", False, "an engine's place among the others; the configuration carries it"),
-    Rule("OMP_PLACES", False, _OWN_CORES),
-    Rule("KMP_AFFINITY", False, _OWN_CORES),
-    Rule("KMP_HW_SUBSET", False, _OWN_CORES),
-    Rule("GOMP_CPU_AFFINITY", False, _OWN_CORES),
-    Rule("LD_LIBRARY_PATH", False, "read when a process starts, so that it would come too late"),
-    Rule("LD_PRELOAD", False, "read when a process starts, so that it would come too late"),
-    Rule("TORCHINDUCTOR_CACHE_DIR", False, "vLLM sets it in every process, to a folder named after the user there"),
-    Rule("TRITON_CACHE_DIR", False, "vLLM sets it in every process, to a folder of its compile cache there"),
-    Rule("VLLM_RAY_*", False, "of vLLM's own Ray executors"),
-    Rule("RAY_*", False, "Ray sets those of its processes itself"),
-    Rule("LIGHTVLLM_*", False, "settings of this process"),
+    *_rules(
+        False,
+        "an address of one host",
+        "VLLM_HOST_IP",
+        "VLLM_HOST_PORT",
+        "VLLM_*_SIDE_CHANNEL_HOST",
+        "MOONCAKE_REQUESTER_LOCAL_HOSTNAME",
+        "MOONCAKE_PREFERRED_SEGMENT",
+    ),
+    *_rules(
+        False, "tells hosts apart: with one for all, NCCL would look for the others in shared memory", "NCCL_HOSTID"
+    ),
+    *_rules(False, "ports of one host's processes; Kubernetes sets it too, for a Service called vllm", "VLLM_PORT"),
+    *_rules(False, "a folder for one host's sockets", "VLLM_RPC_BASE_PATH", "CUDA_MPS_*_DIRECTORY"),
+    *_rules(False, "PCI addresses of one host", "VLLM_GPU_NIC_PCIE_MAPPING"),
+    *_rules(False, "belongs to VLLM_GPU_NIC_PCIE_MAPPING", "VLLM_NIC_SELECTION_VARS"),
+    *_rules(False, _LINK, "*_SERVICE_HOST", "*_SERVICE_PORT*", "*_PORT_[0-9]*_*"),
+    *_rules(
+        False,
+        "the devices of one worker; whoever places the workers deals them",
+        "*_VISIBLE_DEVICES",
+        "*_VISIBLE_CHIPS",
+        "GPU_DEVICE_ORDINAL",
+        "ZE_AFFINITY_MASK",
+        "ONEAPI_DEVICE_SELECTOR",
+    ),
+    *_rules(
+        False,
+        "one worker's place in its group, which the executor tells it",
+        "RANK",
+        "LOCAL_RANK",
+        "GROUP_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+    ),
+    *_rules(False, "a rendezvous that another launcher made; the executor makes its own", "MASTER_*"),
+    *_rules(False, "another launcher's", "TORCHELASTIC_*"),
+    *_rules(False, "an engine's place among the others; the configuration carries it", "VLLM_DP_*"),
+    *_rules(False, "core numbers of one host", "OMP_PLACES", "KMP_AFFINITY", "KMP_HW_SUBSET", "GOMP_CPU_AFFINITY"),
+    *_rules(False, "read when a process starts, so that it would come too late", "LD_LIBRARY_PATH", "LD_PRELOAD"),
+    *_rules(
+        False,
+        "torch or vLLM sets it in every process, to a folder of that host",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "TRITON_CACHE_DIR",
+    ),
+    *_rules(False, "of vLLM's own Ray executors", "VLLM_RAY_*"),
+    *_rules(False, "Ray sets those of its processes itself", "RAY_*"),
+    *_rules(False, "settings of this process", "LIGHTVLLM_*"),
 )
 """What belongs to one process, worker or host. Before ``REACH``; only a full name in ``env_include`` overrules it."""
 
 REACH = (
-    Rule("VLLM_*", True, "vLLM's, registered or of a plug-in"),
-    Rule("NCCL_*", True, "transport of collectives: all ranks must agree"),
-    Rule("RCCL_*", True, "transport of collectives: all ranks must agree"),
-    Rule("GLOO_*", True, "transport of collectives: all ranks must agree"),
-    Rule("UCX_*", True, "transport of KV caches: both ends must agree"),
-    Rule("NVSHMEM_*", True, "transport of experts' tokens: all ranks must agree"),
-    Rule("MOONCAKE_*", True, "a KV connector's settings"),
-    Rule("LMCACHE_*", True, "a KV connector's settings"),
-    Rule("HF_*", True, "where and how weights are found"),
-    Rule("HUGGING_FACE_*", True, "where and how weights are found"),
-    Rule("TRANSFORMERS_*", True, "where and how weights are found"),
-    Rule("RUNAI_STREAMER_*", True, "how weights are streamed from object storage"),
-    Rule("FLASH_ATTENTION_*", True, "choice of kernels: all ranks must compute alike"),
-    Rule("FLASHINFER_*", True, "choice of kernels: all ranks must compute alike"),
-    Rule("AITER_*", True, "choice of kernels: all ranks must compute alike"),
-    Rule("DG_*", True, "DeepGEMM's choice and compilation of kernels"),
-    Rule("TORCH_*", True, "torch and its process groups: all ranks must agree"),
-    Rule("TORCHDYNAMO_*", True, "compilation: all ranks must compute alike"),
-    Rule("TORCHINDUCTOR_*", True, "compilation: all ranks must compute alike"),
-    Rule("TRITON_*", True, "compilation: all ranks must compute alike"),
-    Rule("PYTORCH_*", True, "torch's allocator, read at its first allocation"),
-    Rule("CUBLAS_WORKSPACE_CONFIG", True, "makes results repeatable, if all ranks have it"),
-    Rule("CUDA_*", True, "how devices are numbered, launched and compiled for"),
-    Rule("OMP_*", True, "threads of a process"),
-    Rule("KMP_*", True, "threads of a process"),
-    Rule("MKL_*", True, "threads of a process"),
-    Rule("PYTHONHASHSEED", True, "vLLM hashes blocks of the prefix cache with it"),
+    *_rules(True, "vLLM's, registered or of a plug-in", "VLLM_*"),
+    *_rules(True, "transport of collectives: all ranks must agree", "NCCL_*", "RCCL_*", "GLOO_*"),
+    *_rules(True, "transport of KV caches: both ends must agree", "UCX_*"),
+    *_rules(True, "transport of experts' tokens: all ranks must agree", "NVSHMEM_*"),
+    *_rules(True, "a KV connector's settings", "MOONCAKE_*", "LMCACHE_*"),
+    *_rules(True, "where and how weights are found", "HF_*", "HUGGING_FACE_*", "TRANSFORMERS_*"),
+    *_rules(True, "how weights are streamed from object storage", "RUNAI_STREAMER_*"),
+    *_rules(True, "choice of kernels: all ranks must compute alike", "FLASH_ATTENTION_*", "FLASHINFER_*", "AITER_*"),
+    *_rules(True, "DeepGEMM's choice and compilation of kernels", "DG_*"),
+    *_rules(True, "torch and its process groups: all ranks must agree", "TORCH_*"),
+    *_rules(True, "compilation: all ranks must compute alike", "TORCHDYNAMO_*", "TORCHINDUCTOR_*", "TRITON_*"),
+    *_rules(True, "torch's allocator, read at its first allocation", "PYTORCH_*"),
+    *_rules(True, "makes results repeatable, if all ranks have it", "CUBLAS_WORKSPACE_CONFIG"),
+    *_rules(True, "how devices are numbered, launched and compiled for", "CUDA_*"),
+    *_rules(True, "threads of a process", "OMP_*", "KMP_*", "MKL_*"),
+    *_rules(True, "vLLM hashes blocks of the prefix cache with it", "PYTHONHASHSEED"),
 )
 """What means the same on every worker."""
 
@@ -164,9 +164,8 @@ def decide(environ: Mapping[str, str], registered: Collection[str], settings: Ad
     Args:
         registered: the names that vLLM knows (``vllm.envs.environment_variables``); empty where it is not installed.
     """
-    return [
-        _decide(name, environ.get(name, ""), registered, settings) for name in sorted(environ.keys() | settings.env)
-    ]
+    values = {**environ, **settings.env}
+    return [_decide(name, values[name], registered, settings) for name in sorted(values)]
 
 
 def for_workers(environ: Mapping[str, str], registered: Collection[str], settings: AdapterSettings) -> dict[str, str]:
