@@ -151,7 +151,7 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
                     vllm_config=config,
                     rank=rank,
                     local_rank=devices[rank],
-                    init_method=meeting if one_node else _on_node(meeting, executor.workers[rank]),
+                    init_method=_on_node(meeting, executor.workers[rank]),
                 )
             ]
             for rank in ranks
@@ -420,10 +420,10 @@ def _config_for_other_hosts(config: Any) -> Any:
 
 
 def _on_node(meeting: str, worker: WorkerRef) -> str:
-    """The init method with a mark of the worker's node.
+    """The init method with a mark that the workers of one node, in one group, share; torch itself ignores it.
 
-    vLLM's CPU communicator takes ranks with the same init method to share memory, and ends with an error where they do
-    not; torch itself ignores the mark.
+    By what follows its last colon vLLM's CPU communicator names shared memory. Ranks with the same name are taken to
+    share it, and end with an error where they do not; and another group may have had this port.
     """
     if not current_platform.is_cpu():
         return meeting

@@ -25,8 +25,6 @@ import msgspec
 from lightvllm.adapters.vllm.versions import Versions, local_versions
 from lightvllm.messages import Deferred
 
-_SHARED_MEMORY = "/dev/shm"  # noqa: S108  where POSIX shared memory has its names
-
 
 class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     """What ``construct`` is told.
@@ -125,17 +123,6 @@ class VllmWorker:
         config = self._wrapper.vllm_config
         WorkerProc.setup_proc_title_and_log_prefix(enable_ep=config.parallel_config.enable_expert_parallel)
 
-    def unlink_shared_memory(self) -> None:
-        """Once all ranks have joined: take the names off the shared memory by which vLLM's ranks on one CPU host talk.
-
-        Each has it mapped by now. vLLM itself never removes it, so that 4 MiB a rank would stay behind.
-        """
-        mark = f"{os.environ.get('VLLM_DIST_IDENT')}-"
-        for name in os.listdir(_SHARED_MEMORY):
-            if name.startswith(mark) and "-cpushm_" in name:
-                with contextlib.suppress(FileNotFoundError):  # another rank was first
-                    os.unlink(os.path.join(_SHARED_MEMORY, name))
-
     def load_weights(self) -> None:
         """Load the weights. Called when ``join_groups`` has returned on all ranks."""
         from vllm import envs
@@ -205,11 +192,11 @@ class VllmWorker:
 def _unlink_cpu_buffers(ident: str | None) -> None:
     """Take the names from the memory that the ranks of this host share on CPUs, 4 MiB for each rank and group.
 
-    vLLM 0.32 leaves those files behind, even after an orderly end. By now all ranks have opened them; without names, the
-    memory is free when the last rank has gone, however it went. Without ``ident`` there are none.
+    vLLM 0.32 leaves those files behind, even after an orderly end. By now all ranks have opened them; without names,
+    the memory is free when the last rank has gone, however it went. Without ``ident`` there are none.
     """
     if ident:
-        for path in glob.glob(f"/dev/shm/{glob.escape(ident)}-*-cpushm_*"):
+        for path in glob.glob(f"/dev/shm/{glob.escape(ident)}-*-cpushm_*"):  # noqa: S108  where shared memory is
             with contextlib.suppress(FileNotFoundError):  # another rank was first
                 os.unlink(path)
 
