@@ -47,14 +47,16 @@ def deal_ranks(
 def device_indices(ranked: Sequence[WorkerRef]) -> list[int]:
     """For workers in rank order: which of the GPUs that it sees each one takes.
 
-    Workers that see the same GPUs (processes of one pod) take them in turn; one that sees its own alone (a Ray actor)
-    takes the first.
+    Each takes the first that no earlier one of its node has taken: workers that see the same GPUs (processes of one
+    pod) take them in turn, one that sees its own alone (a Ray actor) takes the first. Where all are taken, or there are
+    none, the index is the number of those that it sees: too large by one, for whoever uses it to refuse.
     """
-    seen: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
+    taken: dict[str, set[str]] = defaultdict(set)
     indices = []
     for worker in ranked:
-        indices.append(seen[worker.node, worker.device_ids])
-        seen[worker.node, worker.device_ids] += 1
+        free = [index for index, gpu in enumerate(worker.device_ids) if gpu not in taken[worker.node]]
+        indices.append(free[0] if free else len(worker.device_ids))
+        taken[worker.node].update(worker.device_ids[index] for index in free[:1])
     return indices
 
 

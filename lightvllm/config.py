@@ -200,6 +200,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
         ray_address: a running Ray cluster (``"auto"`` or ``"host:port"``); None starts a small local one.
         k8s_workers: addresses of ``lightvllm worker`` servers, ``"host:port"``, in rank order; empty starts local
             worker processes.
+        k8s_gpus_per_pod: workers behind each of those addresses, at as many consecutive ports (``lightvllm worker
+            --workers``); ranks go pod by pod, port by port.
         k8s_token_file: file with the token that those servers were started with.
         k8s_tls_cert, k8s_tls_key, k8s_tls_ca: PEM files for mutual TLS with them: the driver's certificate, its key,
             and the CA that signed the servers'. Needed for addresses that are not loopback.
@@ -214,6 +216,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
     name: ExecutorName = "uniproc"
     ray_address: str | None = None
     k8s_workers: tuple[str, ...] = ()
+    k8s_gpus_per_pod: int = 1
     k8s_token_file: str | None = None
     k8s_tls_cert: str | None = None
     k8s_tls_key: str | None = None
@@ -230,6 +233,12 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"executor={self.name!r} is unknown; use one of {', '.join(EXECUTOR_NAMES)}")
         if self.k8s_workers and self.name != "k8s":
             raise ConfigError(f"k8s_workers are given, but executor={self.name!r}; use executor='k8s'")
+        if self.k8s_gpus_per_pod < 1:
+            raise ConfigError(f"k8s_gpus_per_pod={self.k8s_gpus_per_pod}; use 1 or more")
+        if self.k8s_gpus_per_pod != 1 and not self.k8s_workers:
+            raise ConfigError(
+                f"k8s_gpus_per_pod={self.k8s_gpus_per_pod} is for k8s_workers, none of which are given; leave it out"
+            )
         if self.k8s_transport not in KUBERNETES_TRANSPORTS:
             raise ConfigError(
                 f"k8s_transport={self.k8s_transport!r} is unknown; use one of {', '.join(KUBERNETES_TRANSPORTS)}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -36,6 +38,16 @@ def session_stub(channel: Any) -> Any:
     return channel.stream_stream(f"/{wire.SERVICE}/Session", pb.Call.SerializeToString, pb.Reply.FromString)
 
 
+def free_ports(count: int) -> int:
+    """The first of ``count`` consecutive ports that nobody has, below those that the system gives out by itself."""
+    for first in random.sample(range(12_000, 32_000, count), 100):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+    raise AssertionError(f"no {count} consecutive ports are free")
+
+
 class WorkerCommand:
     """``lightvllm worker`` as a child process, in a process group of its own.
 
@@ -43,12 +55,13 @@ class WorkerCommand:
         lines: what it has printed so far, stdout and stderr together.
     """
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from lightvllm.cli.main import run; run()", "worker", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env=env,
             start_new_session=True,
         )
         self.lines: list[str] = []
@@ -72,8 +85,8 @@ class WorkerCommand:
 
         return wait_until(search, f"{pattern!r} in what it prints: {self.lines}")  # type: ignore[no-any-return]
 
-    def address(self) -> str:
-        return self.find(r"listening on (\S+)")[1]
+    def address(self, count: int = 1) -> str:
+        return self.find(r"listening on (\S+)", count)[1]
 
     def server_pid(self, count: int = 1) -> int:
         """Process id of the ``count``-th server process."""
@@ -96,8 +109,8 @@ def iter_lines(stream: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def worker_command(*options: str) -> Iterator[WorkerCommand]:
-    command = WorkerCommand(*options)
+def worker_command(*options: str, env: dict[str, str] | None = None) -> Iterator[WorkerCommand]:
+    command = WorkerCommand(*options, env=env)
     try:
         yield command
     finally:

@@ -80,6 +80,8 @@ def test_options_of_an_executor_that_is_not_used_are_refused():
     EngineOptions(ray_address="auto").refuse_unused(["uniproc", "ray"])
     with pytest.raises(ConfigError, match="--k8s-token-file is given, but executor k8s is not used"):
         EngineOptions(k8s_token_file=Path("t")).refuse_unused(["uniproc", "ray"])
+    with pytest.raises(ConfigError, match="--k8s-gpus-per-pod is given, but executor k8s is not used"):
+        EngineOptions(k8s_gpus_per_pod=2).refuse_unused(["uniproc", "ray"])
     EngineOptions(k8s_transport=KubernetesTransport.auto).refuse_unused(["uniproc", "ray"])
     with pytest.raises(ConfigError, match="--k8s-transport is given, but executor k8s is not used"):
         EngineOptions(k8s_transport=KubernetesTransport.grpc).refuse_unused(["uniproc", "ray"])

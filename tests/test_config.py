@@ -47,6 +47,11 @@ def test_layouts(tmp_path: Path) -> None:
         (lambda: DeviceConfig(gpu_memory_utilization=1.1), "gpu_memory_utilization=1.1"),
         (lambda: ExecutorConfig(name="mpi"), "executor='mpi' is unknown; use one of uniproc, ray, k8s"),
         (lambda: ExecutorConfig(name="ray", k8s_workers=("a:1",)), "use executor='k8s'"),
+        (lambda: ExecutorConfig(name="k8s", k8s_workers=("a:1",), k8s_gpus_per_pod=0), "k8s_gpus_per_pod=0; use 1"),
+        (
+            lambda: ExecutorConfig(name="k8s", k8s_gpus_per_pod=2),
+            "k8s_gpus_per_pod=2 is for k8s_workers, none of which",
+        ),
         (lambda: ExecutorConfig(name="k8s", ray_address="auto"), "use executor='ray'"),
         (lambda: ExecutorConfig(name="k8s", k8s_transport="tcp"), "use one of auto, grpc, direct"),
         (lambda: ExecutorConfig(name="ray", k8s_transport="grpc"), "use executor='k8s'"),

@@ -105,6 +105,7 @@ def test_every_option_reaches_its_configuration(folder: Path, made: Made) -> Non
         seed=4,
         return_logits=True,
         k8s_workers=["a:1", "b:2"],
+        k8s_gpus_per_pod=3,
         k8s_token_file="token",
         strategy="SPREAD",
         start_timeout=1,
@@ -123,6 +124,7 @@ def test_every_option_reaches_its_configuration(folder: Path, made: Made) -> Non
     assert (engine.device.device, engine.device.threads, engine.device.attention_backend) == ("cpu", 3, "naive")
     assert (engine.device.kernels, engine.device.gpu_memory_utilization) == ("reference", 0.5)
     assert (executor.name, executor.k8s_workers, executor.k8s_token_file) == ("k8s", ("a:1", "b:2"), "token")
+    assert executor.k8s_gpus_per_pod == 3
     assert (executor.start_timeout, executor.rpc_timeout, executor.step_timeout) == (1, 2, 3)
     assert (executor.strategy, executor.env) == ("SPREAD", {"A": "b"})
     assert said == ["starting"]

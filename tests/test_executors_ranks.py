@@ -69,3 +69,18 @@ def test_device_indices() -> None:
     assert device_indices(pod) == [0, 1]
     assert device_indices(actors) == [0, 0]
     assert device_indices([*pod, WorkerRef("q0", "b", device_ids=("0", "1"))]) == [0, 1, 0]
+
+
+def test_no_gpu_is_taken_by_two_though_they_see_different_ones() -> None:
+    def indices(*seen: str) -> list[int]:
+        return device_indices([WorkerRef(f"w{i}", "a", device_ids=tuple(ids)) for i, ids in enumerate(seen)])
+
+    assert indices("0", "01") == [0, 1]
+    assert indices("01", "12", "12") == [0, 0, 1]
+    assert indices("01", "10") == [0, 0]
+
+
+def test_a_worker_for_which_no_gpu_is_left_gets_an_index_that_there_is_not() -> None:
+    pod = [WorkerRef(f"p{i}", "a", device_ids=("0", "1")) for i in range(3)]
+    assert device_indices(pod) == [0, 1, 2]
+    assert device_indices([WorkerRef(f"c{i}", "a") for i in range(2)]) == [0, 0]  # on CPUs nobody asks

@@ -513,6 +513,21 @@ def test_an_address_of_something_else_is_no_worker(started: Any, token_file: str
         ({"workers": ("127.0.0.1:1",)}, "need k8s_token_file"),
         ({"token_file": "TOKEN"}, "none of which are given"),
         ({"workers": ("127.0.0.1:1", "127.0.0.1:1"), "token_file": "TOKEN"}, "127.0.0.1:1 more than once"),
+        (
+            {"workers": ("127.0.0.1:0",), "token_file": "TOKEN"},
+            "127.0.0.1:0 stands for port 0; a worker's port is one of",
+        ),
+        (
+            {"workers": ("127.0.0.1:65530",), "token_file": "TOKEN", "gpus_per_pod": 8},
+            r"127.0.0.1:65530 stands for ports 65530 to 65537 \(8 workers\); a worker's port is one of 1 to 65535",
+        ),
+        (
+            {"workers": ("127.0.0.1:9002", "127.0.0.1:9000"), "token_file": "TOKEN", "gpus_per_pod": 3},
+            r"127.0.0.1:9002 and 127.0.0.1:9000 both stand for 127.0.0.1:9002 \(each for 3 consecutive ports\); name",
+        ),
+        ({"workers": ("127.0.0.1:1",) * 2, "token_file": "TOKEN", "gpus_per_pod": 2}, "127.0.0.1:1 more than once"),
+        ({"workers": ("127.0.0.1:1",), "token_file": "TOKEN", "gpus_per_pod": 0}, "k8s_gpus_per_pod=0; use 1 or more"),
+        ({"gpus_per_pod": 2}, "k8s_gpus_per_pod=2 is for k8s_workers, none of which are given"),
         ({"workers": ("10.0.0.1:1",), "token_file": "TOKEN"}, "not a loopback address"),
         ({"workers": ("nonsense",), "token_file": "TOKEN"}, "malformed"),
         ({"workers": ("127.0.0.1:1",), "token_file": "TOKEN", "local_gpus": ["0"]}, r"local_gpus=\['0'\] is for local"),
@@ -533,6 +548,14 @@ def test_contradictory_options_are_refused(token_file: str, options: dict[str, A
 def test_too_few_addresses_are_counted(started: Any, token_file: str) -> None:
     with pytest.raises(ConfigError, match="k8s_workers names 1 workers, this layout needs 2"):
         place(started(("127.0.0.1:1",), token_file), TWO)
+    with pytest.raises(
+        ConfigError,
+        match="names 2 pods of 2 workers, 4 in all, this layout needs 5; start more with: lightvllm worker --workers 2",
+    ):
+        place(
+            started(("127.0.0.1:1", "127.0.0.1:3"), token_file, gpus_per_pod=2),
+            Placement(world_size=5, worker_class=WORKER),
+        )
 
 
 def test_static_workers_on_one_node_are_not_spread(

@@ -15,12 +15,13 @@ import pytest
 
 pytest.importorskip("grpc", reason="the k8s extra is not installed")
 
-from k8s_servers import WORKER, WorkerCommand, script, worker_command, write_token
+from k8s_servers import WORKER, WorkerCommand, free_ports, script, worker_command, write_token
 from waiting import LIMIT, gone, wait_until
 
 from lightvllm.backends.base import Placement, WorkerRef
 from lightvllm.backends.k8s.backend import KubernetesBackend
 from lightvllm.errors import PlacementError
+from lightvllm.executors.ranks import deal_ranks, device_indices, local_ranks
 from lightvllm.messages import decode_reply, encode_call
 
 
@@ -151,6 +152,121 @@ def test_a_token_file_open_to_others_is_one_line(token_file: str) -> None:
 def test_an_address_that_is_not_loopback_needs_tls(token_file: str) -> None:
     (line,) = said("--listen", "0.0.0.0:0", "--token-file", token_file)
     assert line.startswith("error: 0.0.0.0:0 is not a loopback address")
+
+
+# ------------------------------------------------------------------------------------------- several at one command
+
+
+@pytest.fixture
+def pod(token_file: str) -> Iterator[WorkerCommand]:
+    """Two servers."""
+    address = f"127.0.0.1:{free_ports(2)}"
+    with worker_command("--listen", address, "--workers", "2", "--token-file", token_file) as command:
+        assert command.address() == address
+        yield command
+
+
+def test_a_pods_servers_listen_at_consecutive_ports_and_restart_apart(pod: WorkerCommand, token_file: str) -> None:
+    first = int(pod.address().rpartition(":")[2])
+    assert pod.address(2) == f"127.0.0.1:{first + 1}"
+    pids = [pod.server_pid(count) for count in (1, 2)]
+    stays = KubernetesBackend((pod.address(2),), token_file)
+    try:
+        (worker,) = stays.place(Placement(world_size=1, worker_class=WORKER), lambda *_: None, LIMIT)
+        assert worker.pid == pids[1]
+        assert [use(pod, token_file) for _ in range(2)] == [pids[0], pod.server_pid(3)]
+        assert decode_reply("pid", stays.call(worker, *encode_call("pid", (), None)).result(LIMIT)) == pids[1]
+    finally:
+        stays.shutdown()
+    restarted = pod.find(rf"^127\.0\.0\.1:{first + 1}: ready \(process (\d+)\)")
+    assert int(restarted[1]) not in pids
+    pod.find(rf"^127\.0\.0\.1:{first}: process {pids[0]} exited with code 0; starting a fresh one")
+
+
+def test_one_driver_takes_a_whole_pod(pod: WorkerCommand, token_file: str) -> None:
+    for _ in range(2):
+        backend = KubernetesBackend((pod.address(),), token_file, gpus_per_pod=2)
+        try:
+            refs = backend.place(Placement(world_size=2, worker_class=WORKER), lambda *_: None, LIMIT)
+            assert [(ref.id, ref.address) for ref in refs] == [(pod.address(n), pod.address(n)) for n in (1, 2)]
+            assert {ref.node for ref in refs} == {socket.gethostname()}
+        finally:
+            backend.shutdown()
+
+
+def test_ranks_go_pod_by_pod_and_workers_of_a_pod_share_its_gpus(
+    pod: WorkerCommand, token_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second pod says what it sees; both are of one node here, so that what they see is told apart by name."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    other = f"127.0.0.1:{free_ports(2)}"
+    with worker_command("--listen", other, "--workers", "2", "--token-file", token_file) as command:
+        addresses = [command.address(n) for n in (1, 2)] + [pod.address(n) for n in (1, 2)]
+        backend = KubernetesBackend((other, pod.address()), token_file, gpus_per_pod=2)
+        try:
+            refs = backend.place(Placement(world_size=4, worker_class=WORKER), lambda *_: None, LIMIT)
+        finally:
+            backend.shutdown()
+    ranked = deal_ranks(refs, 2, 2, backend.driver_node)
+    assert [ref.address for ref in ranked] == addresses
+    assert [ref.device_ids for ref in ranked[:2]] == [("4", "7")] * 2
+    assert device_indices(ranked)[:2] == [0, 1]
+    assert local_ranks(ranked) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+def test_free_ports_are_all_printed(token_file: str) -> None:
+    with worker_command("--listen", "127.0.0.1:0", "--workers", "3", "--token-file", token_file) as command:
+        addresses = [command.address(count) for count in (1, 2, 3)]
+    assert len(set(addresses)) == 3
+    assert "127.0.0.1:0" not in addresses
+
+
+def test_if_one_cannot_listen_all_end_and_its_port_is_named(token_file: str) -> None:
+    first = free_ports(3)
+    with socket.create_server(("127.0.0.1", first + 1)):
+        *listening, error = said("--listen", f"127.0.0.1:{first}", "--workers", "3", "--token-file", token_file)
+    assert error == f"error: cannot listen on 127.0.0.1:{first + 1}: is the address in use?"
+    assert [line.partition(" (")[0] for line in listening] == [f"listening on 127.0.0.1:{first}"]
+    for port in range(first, first + 3):
+        socket.create_server(("127.0.0.1", port)).close()  # is free
+
+
+def test_if_one_cannot_listen_again_all_end(pod: WorkerCommand, token_file: str) -> None:
+    """Somebody else takes the port while a fresh process is being started."""
+    pids = [pod.server_pid(count) for count in (1, 2)]
+    host, port = pod.address(2).split(":")
+    os.kill(pids[1], signal.SIGKILL)
+    taken = wait_until(lambda: listener(host, int(port)), "the port to be free")
+    with taken:
+        assert pod.wait() == 1
+    assert pod.lines[-1] == f"error: cannot listen on {pod.address(2)}: is the address in use?"
+    assert gone(pids[0])
+
+
+def listener(host: str, port: int) -> socket.socket | None:
+    try:
+        return socket.create_server((host, port))
+    except OSError:
+        return None
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_no_server_outlives_the_supervisor(
+    pod: WorkerCommand, token_file: str, tmp_path: Path, number: int, status: int
+) -> None:
+    pids = [pod.server_pid(count) for count in (1, 2)]
+    with script(DRIVER, pod.address(2), token_file, str(tmp_path / "flag")):
+        wait_until((tmp_path / "flag").exists, "the call to begin")
+        assert pod.end(number) == status
+        wait_until(lambda: all(map(gone, pids)), "the servers to be gone", 2.0)
+
+
+def test_more_ports_than_there_are_is_one_line(token_file: str) -> None:
+    (line,) = said("--listen", "127.0.0.1:65535", "--workers", "2", "--token-file", token_file)
+    assert line == (
+        "error: 2 workers from 127.0.0.1:65535 on need the ports 65535 to 65536; expected 65535 at most: use port "
+        "65534 or a lower one"
+    )
 
 
 def test_a_worker_ref_of_a_static_address_names_it(command: WorkerCommand, token_file: str) -> None:

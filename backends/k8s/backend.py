@@ -75,6 +75,7 @@ class KubernetesBackend:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         local_gpus: Sequence[str] | None = None,
         show_output: bool = False,
+        gpus_per_pod: int = 1,
     ) -> None:
         """Starts and connects to nothing.
 
@@ -88,6 +89,8 @@ class KubernetesBackend:
             local_gpus: GPUs, by index or UUID, that local workers are dealt, in place of all that this process sees.
             show_output: what local workers print appears on this process's stderr, line by line as it is. What the
                 servers of ``workers`` print appears where they run.
+            gpus_per_pod: servers behind each of ``workers``, at as many consecutive ports from the one that is named.
+                Their order is address by address, port by port.
 
         Raises:
             ConfigError: the options contradict each other, a file cannot be used, an address is malformed or unsafe.
@@ -110,9 +113,11 @@ class KubernetesBackend:
                 )
             if token_file is None:
                 raise ConfigError("k8s_workers need k8s_token_file, the token file that they were started with")
-            self._discovery = StaticAddresses(workers, Token.read(token_file), tls)
+            self._discovery = StaticAddresses(workers, Token.read(token_file), tls, gpus_per_pod)
         elif token_file is not None or tls is not None:
             raise ConfigError("k8s_token_file and TLS options are for k8s_workers, none of which are given")
+        elif gpus_per_pod != 1:
+            raise ConfigError(f"k8s_gpus_per_pod={gpus_per_pod} is for k8s_workers, none of which are given")
         else:
             self._discovery = LocalProcesses(max_message_bytes, local_gpus, show_output=show_output)
         self._members: dict[str, _Member] = {}

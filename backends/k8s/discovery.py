@@ -16,7 +16,7 @@ from typing import Protocol
 from lightvllm.backends.base import Placement
 from lightvllm.backends.k8s import devices
 from lightvllm.backends.k8s.process import WorkerProcess
-from lightvllm.backends.k8s.security import Tls, Token, check_address
+from lightvllm.backends.k8s.security import LAST_PORT, Tls, Token, check_address, split_address
 from lightvllm.errors import ConfigError, PlacementError, Shutdown
 
 _SOCKET_PATH_BYTES = 100  # the system's limit is 108, some of which are gRPC's
@@ -114,22 +114,25 @@ class LocalProcesses:
 class StaticAddresses:
     """Servers that somebody has started with ``lightvllm worker``."""
 
-    def __init__(self, addresses: tuple[str, ...], token: Token, tls: Tls | None) -> None:
-        """Raises ConfigError for a malformed or repeated address, and for one that the token must not be sent to."""
+    def __init__(self, addresses: tuple[str, ...], token: Token, tls: Tls | None, gpus_per_pod: int = 1) -> None:
+        """``gpus_per_pod`` servers are at each address, at consecutive ports from the one that is named.
+
+        Raises ConfigError for a malformed or repeated address, and for one that the token must not be sent to.
+        """
         for address in addresses:
             check_address(address, tls)
-        if repeated := {address for address in addresses if addresses.count(address) > 1}:
-            raise ConfigError(
-                f"k8s_workers names {', '.join(sorted(repeated))} more than once; a worker has one driver"
-            )
-        self._addresses, self._token, self._tls = addresses, token, tls
+        self._pods, self._gpus_per_pod = len(addresses), gpus_per_pod
+        self._addresses = _expand(addresses, gpus_per_pod)
+        self._token, self._tls = token, tls
 
     def find(self, request: Placement, on_exit: Callable[[int], None]) -> list[Endpoint]:
         """The first ``world_size`` addresses, so that one list serves every layout."""
         if len(self._addresses) < request.world_size:
+            pods, each = self._pods, self._gpus_per_pod
+            have = f"{pods} workers" if each == 1 else f"{pods} pods of {each} workers, {pods * each} in all"
+            how = "lightvllm worker" if each == 1 else f"lightvllm worker --workers {each}"
             raise ConfigError(
-                f"k8s_workers names {len(self._addresses)} workers, this layout needs {request.world_size}; "
-                "start more with: lightvllm worker"
+                f"k8s_workers names {have}, this layout needs {request.world_size}; start more with: {how}"
             )
         return [Endpoint(address, address, self._token, self._tls) for address in self._addresses[: request.world_size]]
 
@@ -138,6 +141,31 @@ class StaticAddresses:
 
     def close(self, deadline: float) -> None:
         """Nothing to do: others started them."""
+
+
+def _expand(pods: tuple[str, ...], gpus_per_pod: int) -> list[str]:
+    """The addresses of all workers, pod by pod, port by port. Raises ConfigError for a port that cannot be, and for an
+    address that stands for two workers."""
+    if gpus_per_pod < 1:
+        raise ConfigError(f"k8s_gpus_per_pod={gpus_per_pod}; use 1 or more")
+    pod_of: dict[str, str] = {}  # by worker
+    for pod in pods:
+        _, first = split_address(pod)
+        last = first + gpus_per_pod - 1
+        if first == 0 or last > LAST_PORT:
+            ports = f"ports {first} to {last} ({gpus_per_pod} workers)" if gpus_per_pod > 1 else f"port {first}"
+            raise ConfigError(f"k8s_workers: {pod} stands for {ports}; a worker's port is one of 1 to {LAST_PORT}")
+        for port in range(first, last + 1):
+            worker = f"{pod.rpartition(':')[0]}:{port}"
+            if (other := pod_of.get(worker)) == pod:
+                raise ConfigError(f"k8s_workers names {pod} more than once; a worker has one driver")
+            if other is not None:
+                raise ConfigError(
+                    f"k8s_workers: {other} and {pod} both stand for {worker} (each for {gpus_per_pod} consecutive "
+                    "ports); name the first port of each pod"
+                )
+            pod_of[worker] = pod
+    return list(pod_of)
 
 
 def private_directory() -> Path:

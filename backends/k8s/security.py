@@ -18,6 +18,7 @@ import msgspec
 from lightvllm.errors import ConfigError
 from lightvllm.keys import read_word
 
+LAST_PORT = 65535
 _AUTHORIZATION = "authorization"
 
 
@@ -105,7 +106,7 @@ def split_address(address: str) -> tuple[str, int]:
     """``"host:port"`` or ``"[v6]:port"`` to host and port. Raises ConfigError."""
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
-    if not colon or not host or not port.isdecimal() or int(port) > 65535 or (":" in host and "[" not in address):
+    if not colon or not host or not port.isdecimal() or int(port) > LAST_PORT or (":" in host and "[" not in address):
         raise ConfigError(f"address {address!r} is malformed; expected host:port, such as 127.0.0.1:9000")
     return host, int(port)
 

@@ -163,6 +163,14 @@ class EngineOptions:
             rich_help_panel=_K8S,
         ),
     ] = None
+    k8s_gpus_per_pod: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Workers behind each of those addresses, at consecutive ports ('lightvllm worker --workers').",
+            rich_help_panel=_K8S,
+        ),
+    ] = 1
     k8s_token_file: Annotated[
         Path | None, typer.Option(help="The token that those servers were started with.", rich_help_panel=_K8S)
     ] = None
