@@ -7,6 +7,8 @@ of the construction. The contract, held by one test suite on every backend (``te
   PlacementError (or the worker's own ConfigError) saying what was missing.
 * Backends move bytes. A payload is encoded once and handed to ``call`` once per worker; a backend never decodes it.
 * ``call`` returns at once. One worker runs one call at a time, in the order in which ``call`` was called.
+* A method may return a ``messages.Deferred``: its worker goes on with the next call, and the reply comes later. One
+  other thread finishes a worker's Deferreds, in their order. Until then their futures are pending like any others.
 * A worker that dies fails its pending futures with WorkerDied at once, and ``on_failure`` fires exactly once per
   worker, never after ``shutdown`` has returned. A call to a dead worker gives a future that has failed already.
 * ``shutdown`` is idempotent, may be called at any moment from any thread, fails what is pending with Shutdown,
@@ -218,7 +220,7 @@ class Backend(Protocol):
         """Start or find ``request.world_size`` workers within ``timeout`` seconds. Called once."""
 
     def call(self, worker: WorkerRef, method: str, payload: Buffer) -> Future[Buffer]:
-        """Have ``worker`` run ``messages.invoke(method, payload)``; the future gives its reply."""
+        """Have ``worker`` run ``messages.begin(method, payload)``; the future gives the encoded reply."""
 
     def send(self, worker: WorkerRef, method: str, payload: Buffer, on_reply: OnReply) -> None:
         """``call`` without a future, which costs as much as a small call itself. ``on_reply`` is called once, in

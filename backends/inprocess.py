@@ -2,12 +2,13 @@
 
 The default for a single worker, and the tests' fake for many: the same contract as the others, without processes. A
 thread cannot be killed, so ``shutdown`` waits for a call that is running only as long as it is told to, and then leaves
-the (daemon) thread to end with it.
+the (daemon) thread to end with it. What a method has left to be finished later has another thread, one per worker.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import os
 import queue
@@ -32,18 +33,22 @@ from lightvllm.backends.base import (
     tell,
     wait_for,
 )
+from lightvllm.backends.late import LateThread
 from lightvllm.backends.program import Source, Step, dump, load, steps
 from lightvllm.errors import ConfigError, PlacementError, RpcTimeout, Shutdown, WorkerDied
-from lightvllm.messages import Buffer, encode_failure, invoke
+from lightvllm.messages import Buffer, begin, encode_failure
 
 T = TypeVar("T")
 _End = WorkerDied | Shutdown
 
 
 class _Task(NamedTuple):
-    """Something that a worker is to do: ``run(worker)``, or ``fail(why)`` if the worker's end comes first."""
+    """Something that a worker is to do: ``run(worker)``, or ``fail(why)`` if the worker's end comes first.
 
-    run: Callable[[object], None]
+    What ``run`` returns, if anything, is called on the worker's late thread; until then the task is not done.
+    """
+
+    run: Callable[[object], Callable[[], None] | None]
     fail: Callable[[_End], None]
 
 
@@ -59,6 +64,8 @@ class _Worker:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._guard = threading.Lock()  # orders "put a task" against "the worker is gone"
         self._current: _Task | None = None
+        self._late = LateThread(f"lightvllm-{ref.id}-late")
+        self._unfinished: dict[int, _Task] = {}  # by id
         self.thread = threading.Thread(target=self._run, name=f"lightvllm-{ref.id}", daemon=True)
         self.thread.start()
 
@@ -75,9 +82,11 @@ class _Worker:
             if self.death is not None:
                 return False
             self.death = error
-        pending = [self._current]
-        while not self._tasks.empty():
-            pending.append(self._tasks.get_nowait())
+            pending = [self._current, *self._unfinished.values()]
+        self._late.end()
+        with contextlib.suppress(queue.Empty):  # the worker's thread may be taking from it, too
+            while True:
+                pending.append(self._tasks.get_nowait())
         self._tasks.put(None)
         for task in pending:
             if task is not None:
@@ -94,13 +103,43 @@ class _Worker:
         while (task := self._tasks.get()) is not None:
             self._current = task
             try:
-                task.run(worker)
+                finish = task.run(worker)
             except BaseException as error:  # noqa: BLE001  SystemExit and the like: the worker's end
-                died = WorkerDied(self.ref.id, f"its thread ended with {error!r}")
-                if self.end(died):
-                    self._on_death(self.ref, died)
+                self._die(error)
                 return
+            if finish is not None:
+                self._put_off(task, finish)
             self._current = None
+
+    def _put_off(self, task: _Task, finish: Callable[[], None]) -> None:
+        with self._guard:
+            if self.death is None:
+                self._unfinished[id(task)] = task
+                self._late.put(functools.partial(self._finish, task, finish))
+                return
+        task.fail(self.death)
+
+    def _finish(self, task: _Task, finish: Callable[[], None]) -> None:
+        if self.death is not None:
+            return  # the task has failed already
+        try:
+            finish()
+        except BaseException as error:  # noqa: BLE001  as in _run
+            self._die(error)
+            return
+        with self._guard:
+            del self._unfinished[id(task)]
+
+    def _die(self, error: BaseException) -> None:
+        died = WorkerDied(self.ref.id, f"its thread ended with {error!r}")
+        if self.end(died):
+            self._on_death(self.ref, died)
+
+    def join(self, deadline: float) -> None:
+        """After ``end``: return when its threads have ended, or at ``deadline`` (``time.monotonic()``)."""
+        if self.thread is not threading.current_thread():
+            self.thread.join(max(0.0, deadline - time.monotonic()))
+        self._late.join(max(0.0, deadline - time.monotonic()))
 
 
 class InProcessBackend:
@@ -154,9 +193,15 @@ class InProcessBackend:
 
     def call(self, worker: WorkerRef, method: str, payload: Buffer) -> Future[Buffer]:
         answer: _Answer[Buffer] = _Answer()
-        self._workers[worker.id].submit(
-            _Task(lambda instance: answer.give(invoke(instance, method, payload)), answer.fail)
-        )
+
+        def run(instance: object) -> Callable[[], None] | None:
+            reply = begin(instance, method, payload)
+            if isinstance(reply, bytes):
+                answer.give(reply)
+                return None
+            return lambda: answer.give(reply())
+
+        self._workers[worker.id].submit(_Task(run, answer.fail))
         return answer
 
     def wait(self, future: Future[Any], timeout: float) -> None:
@@ -184,8 +229,7 @@ class InProcessBackend:
         for worker in workers:
             worker.end(Shutdown("the backend has been shut down"))
         for worker in workers:
-            if worker.thread is not threading.current_thread():
-                worker.thread.join(max(0.0, deadline - time.monotonic()))
+            worker.join(deadline)
 
 
 class _Answer(Future[T]):

@@ -12,7 +12,7 @@ from pickle import PickleBuffer
 from typing import Any
 
 from lightvllm.backends.base import Graph, GraphArgument, GraphConstant, GraphInput, GraphNode, GraphResult
-from lightvllm.messages import Buffer, decode_value, encode_failure, encode_value, is_failure
+from lightvllm.messages import Buffer, Deferred, decode_value, encode_failure, encode_value, is_failure
 
 Source = GraphInput | GraphResult
 """Where a value that a node takes comes from."""
@@ -59,14 +59,16 @@ class Step:
         return self.sources.index(argument), None
 
     def run(self, worker: object, values: Sequence[Any]) -> Any:
-        """Call the method; its result, or a Failure if it raised an Exception or was given a Failure."""
+        """Call the method; its result, or a Failure if it raised an Exception or was given a Failure. A Deferred is
+        finished here: the nodes that use its result could not begin before."""
         try:
             args = [_pick(argument, values) for argument in self._args]
             kwargs = {name: _pick(argument, values) for name, argument in self._kwargs.items()}
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Failure):
                     return value
-            return getattr(worker, self.method)(*args, **kwargs)
+            result = getattr(worker, self.method)(*args, **kwargs)
+            return result.finish() if isinstance(result, Deferred) else result
         except Exception as error:  # noqa: BLE001  whatever it is, whoever uses the result gets it
             return Failure(encode_failure(error, self.index))
 

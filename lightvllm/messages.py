@@ -319,29 +319,67 @@ def encode_call(
     return method, _pickled((tuple(args), kwargs or {}))
 
 
-def invoke(worker: object, method: str, payload: Buffer) -> bytes:
-    """Decode a call, make it on ``worker``, and encode what comes of it; never raises an Exception.
+class Deferred:
+    """What a method returns whose result has only been begun: ``finish()`` gives it, or raises.
 
-    Only for payloads from an authenticated peer. An exception of the method becomes a failure that
-    ``decode_reply`` raises at the caller.
+    ``finish`` is called once, on another thread, while the worker runs its next calls, and after that of every Deferred
+    that the worker has returned before. Where nothing can be put off (``invoke``) it is called at once, in the same
+    thread.
     """
+
+    __slots__ = ("finish",)
+
+    def __init__(self, finish: Callable[[], Any]) -> None:
+        self.finish = finish
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Deferred is what a method returns; it cannot be sent, nor be a part of what is sent")
+
+
+def begin(worker: object, method: str, payload: Buffer) -> bytes | Callable[[], bytes]:
+    """``invoke``, but where the method returned a Deferred, what finishes it and encodes what comes of it.
+
+    Neither this nor what it returns raises an Exception.
+    """
+    encode: Callable[[Any], bytes]
     try:
         tag, body = bytes(payload[:1]), memoryview(payload)[1:]
         if tag == _TYPED:
             declared = TYPED_METHODS[method]
             result = getattr(worker, method)(*_decoder(declared.args).decode(body))
-            return _TYPED + _encoder.encode(result)
-        if tag != _PICKLED:
-            raise ConfigError(f"unknown payload tag {tag!r}; expected {_TYPED!r} or {_PICKLED!r}")
-        if method == CALLABLE:
-            function, args, kwargs = pickle.loads(body)  # noqa: S301  authenticated, see the module's docstring
-            result = function(worker, *args, **kwargs)
+            encode = encode_result
         else:
-            args, kwargs = pickle.loads(body)  # noqa: S301
-            result = getattr(worker, method)(*args, **kwargs)
-        return _pickled(result)
+            if tag != _PICKLED:
+                raise ConfigError(f"unknown payload tag {tag!r}; expected {_TYPED!r} or {_PICKLED!r}")
+            if method == CALLABLE:
+                function, args, kwargs = pickle.loads(body)  # noqa: S301  authenticated, see the module's docstring
+                result = function(worker, *args, **kwargs)
+            else:
+                args, kwargs = pickle.loads(body)  # noqa: S301
+                result = getattr(worker, method)(*args, **kwargs)
+            encode = _pickled
+        if isinstance(result, Deferred):
+            return functools.partial(_finished, result, encode)
+        return encode(result)
     except Exception as error:  # noqa: BLE001  whatever it is, the caller gets it
         return encode_failure(error)
+
+
+def _finished(deferred: Deferred, encode: Callable[[Any], bytes]) -> bytes:
+    try:
+        return encode(deferred.finish())
+    except Exception as error:  # noqa: BLE001  as in begin
+        return encode_failure(error)
+
+
+def invoke(worker: object, method: str, payload: Buffer) -> bytes:
+    """Decode a call, make it on ``worker``, and encode what comes of it; never raises an Exception.
+
+    Only for payloads from an authenticated peer. An exception of the method becomes a failure that
+    ``decode_reply`` raises at the caller. A Deferred is finished here.
+    """
+    reply = begin(worker, method, payload)
+    return reply if isinstance(reply, bytes) else reply()
 
 
 def decode_args(method: str, payload: Buffer) -> tuple[Any, ...]:

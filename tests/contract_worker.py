@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from lightvllm.messages import StepInput, StepOutput, Tensor, WorkerInfo
+from lightvllm.messages import Deferred, StepInput, StepOutput, Tensor, WorkerInfo
 
 
 class ContractWorker:
@@ -59,6 +59,33 @@ class ContractWorker:
                 raise TimeoutError(path)
             time.sleep(0.005)
         return "gone on"
+
+    def later(self, path: str, name: str, value: object = None) -> Deferred:
+        """Begins; the value is there when the test has made the file ``path``. Notes ``name`` when it is."""
+
+        def finish() -> object:
+            self.wait_for_file(path)
+            self.log.append(name)
+            return value
+
+        return Deferred(finish)
+
+    def later_boom(self, text: str) -> Deferred:
+        return Deferred(lambda: self.boom(text))
+
+    def later_exit(self, path: str, code: int) -> Deferred:
+        """Exits when the test has made the file."""
+
+        def finish() -> None:
+            self.wait_for_file(path)
+            self.exit_yourself(code)
+
+        return Deferred(finish)
+
+    def later_thread(self) -> Deferred:
+        """Whether it is finished in the thread in which it was begun."""
+        begun = threading.get_ident()
+        return Deferred(lambda: threading.get_ident() == begun)
 
     def kill_yourself(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -9,6 +9,8 @@ from typing import Any
 
 from contract_worker import ContractWorker
 
+from lightvllm.messages import Deferred
+
 
 class GraphWorker(ContractWorker):
     """What graphs are made of. Notes each call, and whether two ran at a time."""
@@ -52,6 +54,14 @@ class GraphWorker(ContractWorker):
                 raise TimeoutError(f"{other} did not appear")
             time.sleep(0.001)
         return value
+
+    def put_off(self, value: object) -> object:
+        """Its result tells, besides the value, whether it was finished in the same thread."""
+        begun = threading.get_ident()
+        return Deferred(lambda: [value, threading.get_ident() == begun])
+
+    def put_off_and_fail(self, value: object) -> object:
+        return Deferred(lambda: self.boom("too late"))
 
     def hang(self, value: object, path: str) -> object:
         self.touch_and_hang(path)

@@ -25,8 +25,10 @@ from waiting import LIMIT, gone, wait_until
 
 from lightvllm.backends.base import Backend, Placement, WorkerRef
 from lightvllm.backends.inprocess import InProcessBackend
+from lightvllm.config import ParallelConfig
 from lightvllm.errors import ConfigError, LightvllmError, PlacementError, Shutdown, WorkerDied, WorkerError
-from lightvllm.messages import decode_reply, encode_call
+from lightvllm.executors.distributed import DistributedExecutor
+from lightvllm.messages import Deferred, decode_reply, encode_call
 
 WORKER = "contract_worker:ContractWorker"
 _numbers = itertools.count()  # a module's name is imported once in a process
@@ -307,6 +309,155 @@ class TestEveryBackend:
         for error in seen:
             assert isinstance(error, LightvllmError)
             assert type(error).__module__ == "lightvllm.errors"
+
+
+@pytest.fixture
+def go(tmp_path: Path) -> Iterator[Path]:
+    """The file for which deferred replies wait; it is there at the end, for whoever still waits."""
+    path = tmp_path / "go"
+    yield path
+    path.touch()
+
+
+def reply(method: str, future: Future[Any]) -> Any:
+    return decode_reply(method, future.result(LIMIT))
+
+
+@pytest.mark.parametrize("backend", ALL, indirect=True)
+class TestDeferredReplies:
+    def test_the_worker_goes_on_and_the_reply_comes_when_it_is_there(
+        self, backend: Backend, placed: list[WorkerRef], go: Path
+    ) -> None:
+        late = send(backend, placed[0], "later", str(go), "late", {"a": b"\x00"})
+        for value in range(20):
+            assert ask(backend, placed[0], "append", value) == value + 1
+        assert not late.done()
+        go.touch()
+        assert reply("later", late) == {"a": b"\x00"}
+        assert ask(backend, placed[0], "read_log") == ([*range(20), "late"], 0)
+
+    def test_it_comes_while_the_worker_is_in_another_call(
+        self, backend: Backend, placed: list[WorkerRef], go: Path, tmp_path: Path
+    ) -> None:
+        late = send(backend, placed[0], "later", str(go), "late", 1)
+        running = send(backend, placed[0], "wait_for_file", str(tmp_path / "end"))
+        go.touch()
+        assert reply("later", late) == 1
+        assert not running.done()
+        (tmp_path / "end").touch()
+        assert reply("wait_for_file", running) == "gone on"
+
+    def test_they_are_finished_in_order_in_a_thread_of_their_own(
+        self, backend: Backend, placed: list[WorkerRef], go: Path, tmp_path: Path
+    ) -> None:
+        (there := tmp_path / "there").touch()
+        names = [str(number) for number in range(20)]
+        first = send(backend, placed[0], "later", str(go), "first")
+        rest = [send(backend, placed[0], "later", str(there), name, name) for name in names]
+        assert ask(backend, placed[0], "read_log") == ([], 0)
+        assert not any(future.done() for future in (first, *rest))
+        go.touch()
+        assert [reply("later", future) for future in (first, *rest)] == [None, *names]
+        assert ask(backend, placed[0], "read_log") == (["first", *names], 0)
+        assert ask(backend, placed[0], "later_thread") is False
+
+    def test_an_error_at_the_end_is_the_replys_and_the_worker_goes_on(
+        self, backend: Backend, placed: list[WorkerRef]
+    ) -> None:
+        with pytest.raises(WorkerError, match="ValueError: too late") as caught:
+            ask(backend, placed[0], "later_boom", "too late")
+        assert "in boom" in caught.value.remote_traceback
+        assert ask(backend, placed[0], "later_thread") is False
+        assert ask(backend, placed[0], "echo", 1) == 1
+
+    def test_of_a_callable(self, backend: Backend, placed: list[WorkerRef], go: Path) -> None:
+        late = send(backend, placed[0], lambda worker, path: Deferred(lambda: worker.wait_for_file(path)), str(go))
+        assert ask(backend, placed[0], "echo", 1) == 1
+        assert not late.done()
+        go.touch()
+        assert reply("<callable>", late) == "gone on"
+
+    def test_large_ones_and_the_others_do_not_mix(self, backend: Backend, placed: list[WorkerRef], go: Path) -> None:
+        blobs = [bytes([number]) * (3 << 20) for number in range(8)]
+        late = [send(backend, placed[0], "later", str(go), "", blob) for blob in blobs]
+        ask(backend, placed[0], "echo", 1)
+        go.touch()
+        others = [send(backend, placed[0], "echo", blob) for blob in reversed(blobs)]
+        assert [reply("later", future) for future in late] == blobs
+        assert [reply("echo", future) for future in others] == blobs[::-1]
+
+    def test_what_is_sent_without_a_future_is_answered_once(
+        self, backend: Backend, placed: list[WorkerRef], go: Path
+    ) -> None:
+        told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        backend.send(placed[0], *encode_call("later", (str(go), "late", "late"), None), told.put)
+        backend.send(placed[0], *encode_call("echo", ("soon",), None), told.put)
+        assert decode_reply("echo", told.get(timeout=LIMIT)) == "soon"
+        go.touch()
+        assert decode_reply("later", told.get(timeout=LIMIT)) == "late"
+        assert told.empty()
+
+    def test_death_in_another_call_fails_it_at_once(
+        self, backend: Backend, placed: list[WorkerRef], failures: Failures, go: Path
+    ) -> None:
+        late = [send(backend, placed[0], "later", str(go), "late") for _ in range(2)]
+        exiting = send(backend, placed[0], "exit_yourself", 3)
+        for future in (exiting, *late):
+            with pytest.raises(WorkerDied):
+                future.result(5.0)  # far below the 60 s that it would have waited
+        assert failures.arrived.wait(LIMIT)
+        assert ask(backend, placed[1], "later_thread") is False
+        backend.shutdown()
+        assert [worker.id for worker, _ in failures.reports] == [placed[0].id]
+
+    def test_an_exit_at_the_end_is_the_workers_death(
+        self, backend: Backend, placed: list[WorkerRef], failures: Failures, go: Path
+    ) -> None:
+        late = [send(backend, placed[0], "later_exit", str(go), 3), send(backend, placed[0], "later", str(go), "late")]
+        assert ask(backend, placed[0], "echo", 1) == 1
+        go.touch()
+        for future in late:
+            with pytest.raises(WorkerDied):
+                future.result(LIMIT)
+        assert failures.arrived.wait(LIMIT)
+        with pytest.raises(WorkerDied):
+            send(backend, placed[0], "echo", 1).result(LIMIT)
+        backend.shutdown()
+        assert [worker.id for worker, _ in failures.reports] == [placed[0].id]
+
+    def test_shutdown_fails_it_and_does_not_wait_for_it(
+        self, backend: Backend, placed: list[WorkerRef], failures: Failures, go: Path
+    ) -> None:
+        late = [send(backend, placed[0], "later", str(go), "late") for _ in range(2)]
+        assert ask(backend, placed[0], "echo", 1) == 1
+        started = time.monotonic()
+        backend.shutdown(0.5)
+        assert time.monotonic() - started < 30  # it would have waited for 60 s
+        for future in late:
+            with pytest.raises(Shutdown):
+                future.result(LIMIT)
+        assert failures.reports == []
+        if placed[0].pid != os.getpid():
+            wait_until(lambda: all(gone(worker.pid) for worker in placed), "the workers to be gone", 5.0)
+
+    def test_through_an_executor_one_ranks_reply_when_all_have_finished(self, backend: Backend, tmp_path: Path) -> None:
+        placement = Placement(world_size=2, worker_class=WORKER)
+        executor = DistributedExecutor(backend, placement, ParallelConfig(tensor_parallel_size=2), rpc_timeout=LIMIT)
+        for rank, worker in enumerate(executor.workers):
+            ask(backend, worker, "append", rank)
+        future = executor.collective_rpc(
+            lambda worker, folder: worker.later(f"{folder}/{worker.log[0]}", "late", worker.log[0]),
+            args=(str(tmp_path),),
+            non_block=True,
+            unique_reply_rank=1,
+        )
+        assert executor.collective_rpc("echo", args=(1,)) == [1, 1]
+        (tmp_path / "1").touch()
+        wait_until(lambda: executor.collective_rpc("read_log")[1][0] == [1, "late"], "rank 1 to finish")
+        assert not future.done()
+        (tmp_path / "0").touch()
+        assert future.result() == 1
+        executor.shutdown()
 
 
 @pytest.mark.parametrize("backend", PROCESSES, indirect=True)

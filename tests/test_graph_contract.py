@@ -473,6 +473,17 @@ class TestErrors:
                 assert (refs[1].get(), refs[3].get()) == (-1, -1)
                 assert [ref.get() for ref in graph.execute(1)] == [1, 1, "11", 1, 1]
 
+    def test_what_is_put_off_is_finished_at_once(self, executor: DistributedExecutor) -> None:
+        a, b, _ = executor.handles
+        with InputNode() as inp:
+            kept = a.put_off.bind(inp)
+            node = MultiOutputNode([a.extend.bind(kept, "a"), b.extend.bind(kept, "b"), a.put_off_and_fail.bind(inp)])
+        with compiled(node) as graph:
+            refs = graph.execute(7)
+            assert [ref.get() for ref in refs[:2]] == [[7, True, "a"], [7, True, "b"]]
+            with pytest.raises(WorkerError, match="rank 0 failed in put_off_and_fail: ValueError: too late"):
+                refs[2].get()
+
     def test_a_method_that_does_not_exist(self, executor: DistributedExecutor) -> None:
         with InputNode() as inp:
             node = executor.handles[2].no_such_method.bind(inp)

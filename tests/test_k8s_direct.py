@@ -218,6 +218,25 @@ def test_a_driver_that_does_not_want_it_after_all_closes_it(channel: Any, sessio
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+def test_late_replies_come_before_the_end(server: WorkerProcess, channel: Any, session: Any, tmp_path: Path) -> None:
+    opened = ask(channel, "OpenDirect", pb.OpenDirectRequest())
+    link = connect(opened.address, opened.ticket, 1 << 20, LIMIT)
+    ask(channel, "InitWorker", DIRECT)
+    go = tmp_path.parent / f"{tmp_path.name}-go"
+    for number, (method, *args) in enumerate((("later", str(go), "late", "late"), ("echo", "soon")), 1):
+        link.write(frames.CALL, number, method.encode(), encode_call(method, args, None)[1], LIMIT)
+    link.write(frames.CLOSE, 0, b"", b"", LIMIT)
+    kind, number, _, reply = link.read(LIMIT)
+    assert (kind, number, decode_reply("echo", reply)) == (frames.REPLY, 2, "soon")
+    go.touch()
+    kind, number, _, reply = link.read(LIMIT)
+    assert (kind, number, decode_reply("later", reply)) == (frames.REPLY, 1, "late")
+    assert server.exited.wait(LIMIT)
+    assert server.reason() == "exited with code 0"
+    link.close()
+    go.unlink()
+
+
 @pytest.mark.parametrize("end", ["close frame", "closed", "garbage"])
 def test_the_worker_ends_with_its_direct_connection(
     server: WorkerProcess, channel: Any, session: Any, tmp_path: Path, end: str

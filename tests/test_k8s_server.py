@@ -23,7 +23,7 @@ from lightvllm.backends.k8s import wire
 from lightvllm.backends.k8s.process import WorkerProcess
 from lightvllm.backends.k8s.security import Token
 from lightvllm.errors import ConfigError, WorkerError
-from lightvllm.messages import decode_reply, encode_call
+from lightvllm.messages import Deferred, decode_reply, encode_call
 from lightvllm.proto import worker_pb2 as pb
 
 TOKEN = Token.new()
@@ -245,6 +245,16 @@ def test_a_reply_that_is_too_large_is_an_error_and_the_session_goes_on(channel: 
     assert session.ask(2, "echo", 1) == 1
 
 
+def test_a_late_reply_that_is_too_large_is_an_error_too(channel: Any) -> None:
+    session = Session(channel)
+    init_worker(channel)
+    name, payload = encode_call(lambda worker: Deferred(lambda: bytes(2 * MESSAGE_LIMIT)), (), None)
+    session.frames.put(pb.Call(sequence_number=1, method=name, payload=payload))
+    with pytest.raises(ConfigError, match=rf"the reply of <callable> is \d+ bytes, more than .*={MESSAGE_LIMIT}"):
+        decode_reply(name, next(session.stream).payload)
+    assert session.ask(2, "echo", 1) == 1
+
+
 # --------------------------------------------------------------------------------------------------------------- end
 
 
@@ -258,7 +268,37 @@ def test_it_ends_in_order_when_the_session_is_closed(server: WorkerProcess, chan
     assert (tmp_path / "flag").exists()
 
 
-def test_it_ends_at_once_when_its_driver_goes_though_the_worker_is_stuck(
+def test_late_replies_come_before_the_end(server: WorkerProcess, channel: Any, tmp_path: Path) -> None:
+    session = Session(channel)
+    init_worker(channel)
+    session.send(1, "later", str(tmp_path / "go"), "late", "late")
+    session.send(2, "later_boom", "too late")
+    assert session.ask(3, "echo", "soon") == "soon"
+    session.frames.put(None)
+    (tmp_path / "go").touch()
+    first, second = session.stream
+    assert (first.sequence_number, decode_reply("later", first.payload)) == (1, "late")
+    assert second.sequence_number == 2
+    with pytest.raises(WorkerError, match="too late"):
+        decode_reply("later_boom", second.payload)
+    assert session.stream.code() == grpc.StatusCode.OK
+    assert server.exited.wait(LIMIT)
+    assert server.reason() == "exited with code 0"
+
+
+def test_it_ends_at_once_when_its_driver_goes_though_a_late_reply_is_not_there(
+    server: WorkerProcess, channel: Any, tmp_path: Path
+) -> None:
+    session = Session(channel)
+    init_worker(channel)
+    session.send(1, "later", str(tmp_path / "go"), "late")
+    assert session.ask(2, "echo", 1) == 1
+    session.frames.put(None)
+    session.stream.cancel()
+    assert server.exited.wait(5.0)  # it would have waited for 60 s
+
+
+def test_it_ends_at_once_when_its_driver_goes_though_the_though_the_worker_is_stuck(
     server: WorkerProcess, channel: Any, tmp_path: Path
 ) -> None:
     session = Session(channel)

@@ -101,6 +101,35 @@ def test_a_reply_to_another_call_breaks_the_session(serve: Any, connect: Any) ->
         future.result(LIMIT)
 
 
+def test_replies_may_come_in_another_order_than_their_calls(serve: Any, connect: Any) -> None:
+    def backwards(calls: Iterator[Any], context: Any) -> Iterator[Any]:
+        context.send_initial_metadata((wire.ACCEPTED,))
+        for first in calls:
+            for call in (next(calls), first):
+                yield pb.Reply(sequence_number=call.sequence_number, payload=call.payload)
+
+    session, broken = connect(serve(backwards))
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for payload in (b"1", b"2", b"3", b"4"):
+        session.send("echo", payload, told.put)
+    assert [told.get(timeout=LIMIT) for _ in range(4)] == [b"2", b"1", b"4", b"3"]
+    assert session.pending_method is None
+    assert broken.empty()
+
+
+def test_a_call_is_answered_once(serve: Any, connect: Any) -> None:
+    def twice(calls: Iterator[Any], context: Any) -> Iterator[Any]:
+        context.send_initial_metadata((wire.ACCEPTED,))
+        call = [next(calls) for _ in range(3)][1]
+        for _ in range(2):
+            yield pb.Reply(sequence_number=call.sequence_number, payload=call.payload)
+
+    session, broken = connect(serve(twice))
+    futures = [session.call("echo", payload) for payload in (b"1", b"2", b"3")]
+    assert broken.get(timeout=LIMIT) == "it answered call 2, expected an answer to call 1 or a later one that waits"
+    assert [future.done() for future in futures] == [False, True, False]
+
+
 def test_a_worker_that_closes_the_session_breaks_it(serve: Any, connect: Any) -> None:
     def curt(calls: Iterator[Any], context: Any) -> Iterator[Any]:
         context.send_initial_metadata((wire.ACCEPTED,))

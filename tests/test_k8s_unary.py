@@ -106,6 +106,14 @@ def test_everything_happens_in_one_thread(client: Client) -> None:
     assert len({client.rpc(lambda _: threading.get_ident()) for _ in range(5)}) == 1
 
 
+def test_what_a_method_puts_off_is_finished_at_once(client: Client, tmp_path: Path) -> None:
+    assert client.rpc("later_thread") is True
+    with pytest.raises(WorkerError, match="ValueError: too late"):
+        client.rpc("later_boom", "too late")
+    with pytest.raises(grpc.RpcError):
+        client.rpc("later_exit", str(tmp_path), 0)  # of a folder that is there
+
+
 def test_load_model_loads_the_model(client: Client) -> None:
     reply = client.ask("LoadModel", pb.LoadModelRequest())
     assert decode_reply("load_model", reply.payload).parameter_bytes == 7

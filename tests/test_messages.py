@@ -12,12 +12,14 @@ from lightvllm.errors import ConfigError, LightvllmError, WorkerError
 from lightvllm.messages import (
     CALLABLE,
     TYPED_METHODS,
+    Deferred,
     NewSequence,
     ScheduledSequence,
     StepInput,
     StepOutput,
     Tensor,
     TokenLogprobs,
+    begin,
     decode_reply,
     decode_value,
     encode_call,
@@ -63,6 +65,31 @@ class Echo:
         return iter([1]), (n for n in ())
 
 
+class Late:
+    """Its methods return before their results are there."""
+
+    def __init__(self) -> None:
+        self.finished: list[str] = []
+
+    def _later(self, name: str, result: Any) -> Deferred:
+        def finish() -> Any:
+            self.finished.append(name)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        return Deferred(finish)
+
+    def execute_model(self, step: StepInput) -> Deferred:
+        return self._later("execute_model", OUTPUT)
+
+    def anything(self, result: Any) -> Deferred:
+        return self._later("anything", result)
+
+    def inside(self) -> list[Deferred]:
+        return [self._later("inside", 1)]
+
+
 def call(method: Any, *args: Any, **kwargs: Any) -> Any:
     name, payload = encode_call(method, args, kwargs)
     return decode_reply(name, invoke(Echo(), name, payload), rank=4)
@@ -104,6 +131,43 @@ def test_what_is_not_of_the_declared_type_is_refused() -> None:
         decode_reply("execute_model", reply)
     with pytest.raises(LightvllmError, match="unknown reply tag"):
         decode_reply("execute_model", b"?")
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "expected"),
+    [("execute_model", (STEP,), OUTPUT), ("anything", (7,), 7), (lambda worker, x: worker.anything(x), (7,), 7)],
+)
+def test_what_was_only_begun_is_finished_later_and_encoded_as_ever(method: Any, args: Any, expected: Any) -> None:
+    name, payload = encode_call(method, args, None)
+    worker = Late()
+    finish = begin(worker, name, payload)
+    assert callable(finish)
+    assert worker.finished == []
+    assert decode_reply(name, finish()) == expected
+    assert len(worker.finished) == 1
+    assert decode_reply(name, invoke(worker, name, payload)) == expected  # which finishes it at once
+
+
+def test_what_is_done_at_once_is_encoded_at_once() -> None:
+    name, payload = encode_call("anything", (1,), None)
+    reply = begin(Echo(), name, payload)
+    assert isinstance(reply, bytes)
+    assert decode_reply(name, reply) == ((1,), {})
+
+
+def test_an_error_of_what_was_only_begun_is_the_replys() -> None:
+    name, payload = encode_call("anything", (KeyError("k"),), None)
+    finish = begin(Late(), name, payload)
+    assert callable(finish)
+    for reply in (finish(), invoke(Late(), name, payload)):
+        with pytest.raises(WorkerError, match="KeyError: 'k'") as caught:
+            decode_reply(name, reply)
+        assert "in finish" in caught.value.remote_traceback
+
+
+def test_a_deferred_is_no_part_of_a_result() -> None:
+    with pytest.raises(WorkerError, match="cannot be sent, nor be a part"):
+        decode_reply("inside", invoke(Late(), *encode_call("inside", (), None)))
 
 
 def test_a_failure_keeps_its_class_and_message() -> None:

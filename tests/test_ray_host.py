@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import LIMIT
 
-from lightvllm.backends.ray.host import WorkerHost, apply_env
+from lightvllm.backends.ray.host import BEGUN, WorkerHost, apply_env
 from lightvllm.errors import ConfigError
-from lightvllm.messages import decode_reply, encode_call
+from lightvllm.messages import Deferred, decode_reply, encode_call
 
 
 @pytest.fixture
@@ -67,6 +69,33 @@ def test_a_class_that_cannot_be_had_is_an_answer(environ: pytest.MonkeyPatch) ->
     assert isinstance(answer, bytes)
     with pytest.raises(ConfigError, match="no_such_module"):
         decode_reply("__init__", answer)
+
+
+def test_what_is_only_begun_is_collected_in_any_order_and_finished_in_its_own() -> None:
+    finished: list[int] = []
+    go = threading.Event()
+
+    class Late:
+        def later(self, number: int) -> Deferred:
+            def finish() -> int:
+                assert go.wait(LIMIT)
+                finished.append(number)
+                return number
+
+            return Deferred(finish)
+
+        def now(self) -> str:
+            return "now"
+
+    host = WorkerHost()
+    host._worker = Late()
+    for number in range(3):
+        assert host.call(number, *encode_call("later", (number,), None)) == BEGUN
+    assert decode_reply("now", host.call(3, *encode_call("now", (), None))) == "now"
+    assert finished == []
+    go.set()
+    assert [decode_reply("later", host.collect(number)) for number in (2, 0, 1)] == [2, 0, 1]
+    assert finished == [0, 1, 2]
 
 
 def test_a_call_before_start_is_an_error_and_no_crash() -> None:

@@ -6,14 +6,18 @@ a collective) when the driver has gone or stdin has ended.
 
 Everything that touches the worker, its construction included, happens in the thread of the Session's handler, by
 whichever carrier the calls come: no hand-over per call, and what is bound to a thread (a CUDA device, inference mode)
-stays true. torch is not imported
-before InitWorker has set the environment.
+stays true. The exception is what a method has left to be finished later (``messages.Deferred``): one other thread
+finishes that and sends the replies, while the worker runs its next calls. By plain calls (UNARY) and in compiled
+graphs it is finished at once.
+
+torch is not imported before InitWorker has set the environment.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import io
 import os
 import platform
@@ -38,15 +42,16 @@ from lightvllm.backends.k8s.devices import visible_gpus
 from lightvllm.backends.k8s.process import Bootstrap, Status
 from lightvllm.backends.k8s.programs import PREFIX, Programs
 from lightvllm.backends.k8s.security import Token, split_address
+from lightvllm.backends.late import LateThread
 from lightvllm.errors import ConfigError
 from lightvllm.messages import (
     Buffer,
+    begin,
     decode_args,
     decode_reply,
     encode_call,
     encode_failure,
     encode_result,
-    invoke,
     is_failure,
 )
 from lightvllm.proto import worker_pb2 as pb
@@ -189,7 +194,7 @@ class Host:
         methods = {
             "InitWorker": self._init_worker,
             "OpenDirect": self._open_direct,
-            "Session": self._session,
+            "Session": wire.with_sender(self._session),
             "CollectiveRpc": self._collective_rpc,
             "LoadModel": self._load_model,
             "ExecuteModel": self._execute_model,
@@ -216,7 +221,7 @@ class Host:
 
     # ------------------------------------------------------------------------------------------- the session
 
-    def _session(self, messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
+    def _session(self, messages: Iterator[bytes], context: Any, send: Callable[[bytes | None], None]) -> None:
         """Take the worker, construct it, then run its calls one by one, in the order in which they arrive."""
         driver = _driver_of(context)
         if not driver:
@@ -240,11 +245,24 @@ class Host:
             elif request.carrier == pb.UNARY:
                 self._serve_unary(messages, worker)
             else:
-                for number, method, payload in wire.whole_calls(messages, self._limit):
-                    yield from wire.encode_reply(number, worker.call(method, payload))
+                self._serve_stream(messages, send, worker)
         except ConnectionError as violation:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the driver broke the protocol: {violation}")
         self._closed_by_driver = True
+        send(None)
+
+    def _serve_stream(self, messages: Iterator[bytes], send: Callable[[bytes | None], None], worker: _Invoker) -> None:
+        sending = threading.Lock()  # a reply's pieces follow one another, and gRPC takes one message at a time
+
+        def send_reply(number: int, reply: bytes) -> None:
+            with sending:
+                for message in wire.encode_reply(number, reply):
+                    send(message)
+
+        replies = _Replies(send_reply)
+        for number, method, payload in wire.whole_calls(messages, self._limit):
+            replies.give(number, worker.begin(method, payload))
+        replies.end()
 
     def _session_over(self) -> None:
         for service in ("", wire.SERVICE):
@@ -334,10 +352,16 @@ class Host:
             raise ConnectionError(f"its direct connection was never made: {error}") from None
 
     def _serve_direct(self, direct: FrameSocket, worker: _Invoker) -> None:
+        def send_reply(number: int, reply: bytes) -> None:
+            with contextlib.suppress(ConnectionError):  # the next read tells
+                direct.write(frames.REPLY, number, b"", reply, None)  # as long as the driver lives, it reads
+
+        replies = _Replies(send_reply)
         while True:
             try:
                 kind, number, name, payload = direct.read(None)
                 if kind == frames.CLOSE:
+                    replies.end()
                     return
                 if kind != frames.CALL:
                     raise ConnectionError(f"it sent a frame of kind {kind}, expected a call")
@@ -346,9 +370,7 @@ class Host:
                 sys.stderr.write(f"the driver's direct connection is over: {broken}\n")
                 _forget_sockets(self._bootstrap.listen)
                 os._exit(0)
-            reply = worker.call(method, payload)
-            with contextlib.suppress(ConnectionError):  # the next read tells
-                direct.write(frames.REPLY, number, b"", reply, None)  # as long as the driver lives, it reads
+            replies.give(number, worker.begin(method, payload))
 
     # ------------------------------------------------------------------------------------- the unary carrier
 
@@ -412,6 +434,34 @@ class _Work(NamedTuple):
     done: Future[Any]
 
 
+class _Replies:
+    """Sends the replies to a session's calls: those that are there at once, the late ones in an order of their own."""
+
+    def __init__(self, send: Callable[[int, bytes], None]) -> None:
+        """``send(number, reply)`` is called from two threads, perhaps at the same time."""
+        self._send = send
+        self._late = LateThread("lightvllm-late-replies")
+
+    def give(self, number: int, reply: bytes | Callable[[], bytes]) -> None:
+        """What ``_Invoker.begin`` has given for call ``number``."""
+        if isinstance(reply, bytes):
+            self._send(number, reply)
+        else:
+            self._late.put(functools.partial(self._finish, number, reply))
+
+    def _finish(self, number: int, finish: Callable[[], bytes]) -> None:
+        try:
+            self._send(number, finish())
+        except BaseException as error:  # noqa: BLE001  SystemExit and the like: the end of the process
+            exit_with(error)
+
+    def end(self) -> None:
+        """Return when all late replies have been sent. Has no limit of its own: a driver that will not wait breaks its
+        session, which ends the process."""
+        self._late.end()
+        self._late.join()
+
+
 class _Invoker:
     """Runs calls on the worker; for the session's thread alone."""
 
@@ -419,15 +469,32 @@ class _Invoker:
         self._worker, self._failure, self._limit = worker, failure, limit
         self._programs = Programs(worker, listen, limit)
 
-    def call(self, method: str, payload: Buffer) -> bytes:
-        """The encoded reply."""
+    def begin(self, method: str, payload: Buffer) -> bytes | Callable[[], bytes]:
+        """The encoded reply, or what finishes it, on any thread, and gives it."""
+        reply: bytes | Callable[[], bytes]
         try:
             if method.startswith(PREFIX) and not self._failure:
                 reply = self._programs.call(method, payload)
             else:
-                reply = self._failure or invoke(self._worker, method, payload)
+                reply = self._failure or begin(self._worker, method, payload)
         except BaseException as error:  # noqa: BLE001  SystemExit and the like: the end of the process
             exit_with(error)
+        if isinstance(reply, bytes):
+            return self._checked(method, reply)
+        finish = reply
+        return lambda: self._checked(method, finish())
+
+    def call(self, method: str, payload: Buffer) -> bytes:
+        """The encoded reply, finished here."""
+        reply = self.begin(method, payload)
+        if isinstance(reply, bytes):
+            return reply
+        try:
+            return reply()
+        except BaseException as error:  # noqa: BLE001  as in begin
+            exit_with(error)
+
+    def _checked(self, method: str, reply: bytes) -> bytes:
         if len(reply) > self._limit:
             return encode_failure(
                 ConfigError(f"the reply of {method} is {len(reply)} bytes, more than max_message_bytes={self._limit}")

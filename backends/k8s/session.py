@@ -2,6 +2,7 @@
 
 The gRPC stream ``Session`` is the lease on the worker, whichever way the calls go: by the stream itself, or by a direct
 socket that a ticket opens (``lightvllm/transfer/link.py``). Order, replies, errors and the end are the same for both.
+A reply names its call, and may come after those of later ones (``messages.Deferred``).
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class WorkerSession:
         self._reactor = reactor
         self._encoder = encoder or wire.CallEncoder()
         self._lock = threading.Lock()
-        self._pending: collections.deque[tuple[int, str, OnReply]] = collections.deque()
+        self._pending: dict[int, tuple[str, OnReply]] = {}  # by number, in the order in which they were sent
         self._sent = 0
         self._over: LightvllmError | None = None  # why calls are refused
         self._broken = False
@@ -245,9 +246,9 @@ class WorkerSession:
 
     @property
     def pending_method(self) -> str | None:
-        """The method that is being executed, as far as is known here."""
+        """The method that is being executed, or finished, as far as is known here."""
         with self._lock:
-            return self._pending[0][1] if self._pending else None
+            return next((method for method, _ in self._pending.values()), None)
 
     def refusal(self, method: str, size: int) -> LightvllmError | None:
         """What a call with a payload of ``size`` bytes would fail with at once."""
@@ -270,7 +271,7 @@ class WorkerSession:
             if error is None:
                 self._sent += 1
                 self._send(self._sent, method, data)
-                self._pending.append((self._sent, method, on_reply))
+                self._pending[self._sent] = (method, on_reply)
         if error is not None:
             on_reply(error)
 
@@ -293,15 +294,17 @@ class WorkerSession:
             self._replied(number, payload)
 
     def _replied(self, number: int, payload: Buffer) -> None:
-        """Raises ConnectionError if this is not the reply that must come next."""
+        """Raises ConnectionError if no call of this number waits for a reply."""
         with self._lock:
             if self._over is not None:
                 return  # the call has failed already
-            expected = self._pending[0][0] if self._pending else None
-            if number != expected:
-                raise ConnectionError(f"it answered call {number}, expected an answer to call {expected}")
-            on_reply = self._pending.popleft()[2]
-        on_reply(payload)
+            answered = self._pending.pop(number, None)
+            if answered is None:
+                expected = f"call {next(iter(self._pending), None)}"
+                if len(self._pending) > 1:
+                    expected += " or a later one that waits"
+                raise ConnectionError(f"it answered call {number}, expected an answer to {expected}")
+        answered[1](payload)
 
     def _read_stream(self) -> None:
         try:
@@ -336,9 +339,9 @@ class WorkerSession:
         with self._lock:
             if self._over is None:
                 self._over = error
-            failed, self._pending = self._pending, collections.deque()
+            failed, self._pending = self._pending, {}
         self._cancelled.set()
-        for _, _, on_reply in failed:
+        for _, on_reply in failed.values():
             on_reply(error)
 
     def close(self) -> None:

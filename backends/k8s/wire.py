@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,11 +101,26 @@ def bind(server: Any, target: str, tls: Tls | None) -> int:
 def handlers(methods: Mapping[str, Callable[..., Any]]) -> Any:
     """The service's methods, by name, as something to give to ``server.add_generic_rpc_handlers``.
 
-    Session's handler takes and gives encoded messages; ``whole_calls`` and ``encode_reply`` are for it.
+    Session's handler takes and gives encoded messages; ``whole_calls`` and ``encode_reply`` are for it, and
+    ``with_sender`` if it is to send from other threads, too.
     """
     return grpc.method_handlers_generic_handler(
         SERVICE, {name: METHODS[name].handler(behaviour) for name, behaviour in methods.items()}
     )
+
+
+def with_sender(
+    behaviour: Callable[[Iterator[bytes], Any, Callable[[bytes | None], None]], None],
+) -> Callable[..., Any]:
+    """The handler of a stream that does not give its messages, but is given what sends them.
+
+    ``send(message)`` returns when gRPC has taken the message. Any thread may call it, but only one at a time.
+    ``send(None)`` is the end. A generator sends from the thread that runs it alone, and not while it waits or works.
+    gRPC counts this as experimental; its own health service rests on it.
+    """
+    handler: Any = functools.partial(behaviour)
+    handler.experimental_non_blocking = True
+    return handler  # type: ignore[no-any-return]
 
 
 def stub(channel: Any, name: str) -> Any:

@@ -31,6 +31,7 @@ from lightvllm.backends.base import BackendGraph, Graph, OnFailure, OnReply, Pla
 from lightvllm.backends.ray import cluster
 from lightvllm.backends.ray.cluster import Lease, LocalClusterConfig, in_thread, one_line
 from lightvllm.backends.ray.graph import MAX_GRAPHS, GraphFuture, Part, RayGraph
+from lightvllm.backends.ray.host import BEGUN, WorkerHost
 from lightvllm.errors import ConfigError, LightvllmError, PlacementError, RpcTimeout, Shutdown, WorkerDied, WorkerError
 from lightvllm.messages import Buffer, decode_reply
 
@@ -132,15 +133,13 @@ class RayBackend:
         ray = cluster.import_ray()
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        from lightvllm.backends.ray.host import WorkerHost
-
         assert self._lease is not None
         bundle = _bundle(request)
         if self._lease.is_local and (missing := _never_fits(ray, request)):
             raise PlacementError(missing)
         self._group = ray.util.placement_group([bundle] * request.world_size, strategy=request.strategy)
         # Ray runs the loops of compiled graphs in a group of its own, by default one at a time.
-        groups = {"watch": 1, "control": 1, "_ray_system": MAX_GRAPHS}
+        groups = {"watch": 1, "control": 1, "late": 1, "_ray_system": MAX_GRAPHS}
         host = ray.remote(concurrency_groups=groups)(WorkerHost)
         for index in range(request.world_size):
             handle = host.options(
@@ -226,14 +225,15 @@ class RayBackend:
             if actor.ended is not None:
                 future.set_exception(actor.ended)
                 return future
+            number = actor.next_number
             try:
-                reply = actor.handle.call.remote(actor.next_number, method, self._argument(payload))
+                reply = actor.handle.call.remote(number, method, self._argument(payload))
             except Exception as error:  # noqa: BLE001  Ray's, which may not come out
                 future.set_exception(LightvllmError(f"Ray could not send {method} to {worker.id}: {one_line(error)}"))
                 return future
             actor.next_number += 1
             actor.pending.add(future)
-        self._follow(actor, reply, future, method)
+        self._follow(actor, reply, future, method, number)
         return future
 
     def wait(self, future: Future[Any], timeout: float) -> None:
@@ -253,22 +253,31 @@ class RayBackend:
             shared = self._shared = (payload, cluster.import_ray().put(payload))
         return shared[1]
 
-    def _follow(self, actor: _Actor, reply: Any, future: Future[Any] | None, method: str) -> None:
-        """Have ``reply``'s value, or its error, reach ``future`` (None: the watch) through the queue."""
+    def _follow(
+        self, actor: _Actor, reply: Any, future: Future[Any] | None, method: str, number: int | None = None
+    ) -> None:
+        """Have ``reply``'s value, or its error, reach ``future`` (None: the watch) through the queue.
+
+        ``number``: of the call, if the value may be BEGUN."""
         reply.future().add_done_callback(
-            lambda source: self._events.put(lambda: self._settle(actor, source, future, method))
+            lambda source: self._events.put(lambda: self._settle(actor, source, future, method, number))
         )
 
     def _deliver(self) -> None:
         while (event := self._events.get()) is not None:
             event()
 
-    def _settle(self, actor: _Actor, source: Future[Any], future: Future[Any] | None, method: str) -> None:
+    def _settle(
+        self, actor: _Actor, source: Future[Any], future: Future[Any] | None, method: str, number: int | None
+    ) -> None:
         error = source.exception()
         self._shared = None  # nobody is waiting for as long as a large payload should be kept
         if error is not None and isinstance(error, cluster.import_ray().exceptions.RayActorError):
             self._died(actor, WorkerDied(actor.ref.id, _reason(error, actor.ref)))
         elif future is not None:
+            if number is not None and error is None and source.result() == BEGUN:
+                self._collect(actor, future, method, number)
+                return
             with actor.guard:
                 actor.pending.discard(future)
                 if future.done():
@@ -277,6 +286,21 @@ class RayBackend:
                 future.set_result(source.result())
             else:
                 future.set_exception(WorkerError(None, method, type(error).__name__, one_line(error)))
+
+    def _collect(self, actor: _Actor, future: Future[Any], method: str, number: int) -> None:
+        """Ask for the reply to a call that has only been begun."""
+        with actor.guard:
+            if actor.ended is not None:
+                return  # the future has failed
+            try:
+                reply = actor.handle.collect.options(concurrency_group="late").remote(number)
+            except Exception as error:  # noqa: BLE001  Ray's, which may not come out
+                actor.pending.discard(future)
+                failure = f"Ray could not ask {actor.ref.id} for the reply of {method}: {one_line(error)}"
+            else:
+                self._follow(actor, reply, future, method)
+                return
+        future.set_exception(LightvllmError(failure))
 
     def _died(self, actor: _Actor, died: WorkerDied) -> None:
         if not actor.end(died):

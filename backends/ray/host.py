@@ -3,22 +3,31 @@
 Calls run one at a time, in the order in which they were sent. Ray itself keeps that only for plain calls among
 themselves: each compiled graph runs in a thread of its own, fed by shared memory that is faster than a call. So the
 driver gives every plain call and every step of an execution a number, and here each waits for its turn.
+
+What a method has left to be finished later (``messages.Deferred``) is finished by one other thread, in order. Ray knows
+no call that returns twice: the call's answer is ``BEGUN``, upon which the driver asks for the reply by ``collect``.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import psutil
 
 from lightvllm.backends.base import Graph, GraphResult, exit_with, load_worker_class, set_environment
+from lightvllm.backends.late import LateThread
 from lightvllm.backends.program import Source, dump, load, steps
-from lightvllm.messages import Buffer, encode_failure, invoke
+from lightvllm.messages import Buffer, begin, encode_failure
+
+BEGUN = b"begun"
+"""In place of a reply that is to be collected. No reply begins with such a byte (``messages.begin``)."""
 
 
 def apply_env(env: Mapping[str, str], overrides: Mapping[str, str]) -> None:
@@ -118,6 +127,8 @@ class WorkerHost:
         self._turns = Turns()
         self._worker: object = None
         self._programs: dict[str, Program] = {}
+        self._late = LateThread("lightvllm-late-replies")
+        self._begun: dict[int, Future[bytes]] = {}
 
     def start(
         self, worker_class: str, env: Mapping[str, str], env_overrides: Mapping[str, str]
@@ -137,12 +148,21 @@ class WorkerHost:
         }
 
     def call(self, number: int, method: str, payload: Buffer) -> bytes:
-        """One call; see ``messages.invoke``."""
+        """One call: its reply (``messages.begin``), or BEGUN."""
         self._turns.wait(number)
         try:
-            return invoke(self._worker, method, payload)
+            reply = begin(self._worker, method, payload)
+            if isinstance(reply, bytes):
+                return reply
+            finished = self._begun[number] = Future()
+            self._late.put(functools.partial(_finish, reply, finished))
+            return BEGUN
         finally:
             self._turns.done()
+
+    def collect(self, number: int) -> bytes:
+        """The reply of a call that was answered by BEGUN, when it is there; once."""
+        return self._begun.pop(number).result()
 
     def skip(self, numbers: list[range]) -> None:
         """See ``Turns.skip``."""
@@ -180,3 +200,10 @@ class WorkerHost:
     def watch(self) -> None:
         """Never returns: its failure tells the driver that this process is gone. It waits, and costs no time."""
         threading.Event().wait()
+
+
+def _finish(reply: Callable[[], bytes], finished: Future[bytes]) -> None:
+    try:
+        finished.set_result(reply())
+    except BaseException as error:  # noqa: BLE001  SystemExit and the like, which would end this thread alone
+        exit_with(error)
