@@ -23,12 +23,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rpc_process import ContenderFailed, ContenderProcess, RayCluster, describe_machine, write_secrets
+from rpc_process import (
+    ContenderFailed,
+    ContenderProcess,
+    RayCluster,
+    describe_machine,
+    print_machine,
+    raise_interrupt,
+    undisturbed,
+    write_secrets,
+)  # fmt: skip
 from rpc_report import Cell, Results, print_results, print_targets, size_name, targets
 
 VERSIONS = ("lightvllm", "grpcio", "ray", "msgspec", "cloudpickle", "psutil")
@@ -124,7 +133,7 @@ class Bench:
                     self.about[name] = running[key].about
             yield running
         finally:
-            with _undisturbed(), self.console.status("ending the contenders"):
+            with undisturbed(), self.console.status("ending the contenders"):
                 for contender in running.values():
                     contender.hang_up()
                 for contender in running.values():
@@ -187,17 +196,6 @@ class Bench:
             self.results.growth.extend(cells.values())
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C does not break off the ending of processes, which takes a limited time."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # ----------------------------------------------------------------------------------------------- options
 
 
@@ -237,10 +235,6 @@ def _choose(patterns: str, vllm_python: Path | None, console: Console) -> list[s
     if left_out := [name for name in names if CATALOGUE[name].needs_vllm and vllm_python is None]:
         console.print(f"[yellow]left out: {', '.join(left_out)}; they need --vllm-python (see install_vllm.py)[/]")
     return [name for name in names if name not in left_out]
-
-
-def _terminated(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def main(
@@ -293,9 +287,9 @@ def main(
     names = _choose(contenders, vllm_python, console) if matrix is not Matrix.none else []
     if matrix is not Matrix.none and not names:
         raise typer.BadParameter("no contender is left", param_hint="--contenders")
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, raise_interrupt)
     machine = describe_machine(VERSIONS)
-    _print_machine(console, machine)
+    print_machine(console, machine)
     begun, status = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="lightvllm-rpc-") as folder:
         write_secrets(Path(folder))
@@ -318,7 +312,7 @@ def main(
             console.print("[yellow]interrupted; what had been measured completely until then:[/]")
             status = 130
         finally:
-            with _undisturbed():
+            with undisturbed():
                 if bench.cluster is not None:
                     bench.cluster.close()
     ours = [name for name in names if CATALOGUE[name].ours]
@@ -362,14 +356,6 @@ def _plan(matrix: Matrix, counts: list[int], sizes: list[int]) -> dict[int, list
         return {}
     count, size = _main_of(counts, 2), _main_of(sizes, 1024)
     return {n: sizes if matrix is Matrix.full or n == count else [size] for n in counts}
-
-
-def _print_machine(console: Console, machine: dict[str, Any]) -> None:
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    console.print(
-        f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB, {machine['system']}, "
-        f"load {machine['load'][0]}\n{machine['python']}, {versions}"
-    )
 
 
 if __name__ == "__main__":

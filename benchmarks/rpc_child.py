@@ -95,7 +95,8 @@ def _terminated(*_: object) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def main() -> None:
+def run_child(serve: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None] = serve) -> None:
+    """Run ``serve(spec, say)`` with the specification on the command line; its errors are told to the parent."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     signal.signal(signal.SIGTERM, _terminated)
@@ -117,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_child()

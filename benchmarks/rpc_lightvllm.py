@@ -6,10 +6,12 @@ import contextlib
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,23 +87,28 @@ def _backend(spec: dict[str, Any], stack: contextlib.ExitStack) -> Backend:
         return KubernetesBackend(transport=spec["transport"])
     folder = Path(spec["folder"])
     tls = spec["carrier"] == "tls"
-    addresses = _start_servers(stack, spec["world_size"], folder, tls)
+    options = ["--token-file", str(folder / "token")]
+    if tls:
+        options += ["--tls-cert", str(folder / "worker-cert.pem"), "--tls-key", str(folder / "worker-key.pem")]
+        options += ["--tls-ca", str(folder / "ca.pem")]
+    addresses = start_servers(stack, spec["world_size"], options)
     cert, key, ca = (str(folder / name) if tls else None for name in ("driver-cert.pem", "driver-key.pem", "ca.pem"))
     return KubernetesBackend(tuple(addresses), str(folder / "token"), cert, key, ca, transport=spec["transport"])
 
 
-def _start_servers(stack: contextlib.ExitStack, count: int, folder: Path, tls: bool) -> list[str]:
-    options = ["--listen", "127.0.0.1:0", "--token-file", str(folder / "token")]
-    if tls:
-        options += ["--tls-cert", str(folder / "worker-cert.pem"), "--tls-key", str(folder / "worker-key.pem")]
-        options += ["--tls-ca", str(folder / "ca.pem")]
-    command = [sys.executable, "-c", "from lightvllm.cli.main import run; run()", "worker", *options]
+def start_servers(stack: contextlib.ExitStack, count: int, options: Sequence[str]) -> list[str]:
+    """``lightvllm worker`` on free ports of loopback, with ``options``, ended with ``stack``; their addresses."""
+    run = "from lightvllm.cli.main import run; run()"
+    command = [sys.executable, "-c", run, "worker", "--listen", "127.0.0.1:0", *options]
     servers = []
     for _ in range(count):
         servers.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | _python_path()))
         stack.callback(_wait, servers[-1])
     stack.callback(_terminate, servers)  # runs before the waits
-    return [_address(server) for server in servers]
+    addresses = [_address(server) for server in servers]
+    for server in servers:
+        threading.Thread(target=_drain, args=(server,), daemon=True).start()
+    return addresses
 
 
 def _python_path() -> dict[str, str]:
@@ -116,10 +123,17 @@ def _terminate(servers: list[subprocess.Popen[bytes]]) -> None:
 
 def _wait(server: subprocess.Popen[bytes]) -> None:
     try:
-        server.communicate(timeout=10)
+        server.wait(10)
     except subprocess.TimeoutExpired:
         server.kill()
-        server.communicate()
+        server.wait()
+
+
+def _drain(server: subprocess.Popen[bytes]) -> None:
+    """What else it and its workers print goes to standard error; a full pipe would stop them."""
+    assert server.stdout is not None
+    with server.stdout as said:
+        shutil.copyfileobj(said, sys.stderr.buffer)
 
 
 def _address(server: subprocess.Popen[bytes]) -> str:

@@ -14,15 +14,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
-_START_SECONDS = 240.0  # a contender's start, with other processes on the same cores
+if TYPE_CHECKING:
+    from rich.console import Console
+
 _ANSWER_SECONDS = 120.0  # beyond the burst itself
 _END_SECONDS = 20.0
 _CHILD = Path(__file__).with_name("rpc_child.py")
@@ -67,46 +69,55 @@ class CpuSeconds:
         return CpuSeconds(self.driver + other.driver, self.workers + other.workers, self.daemons + other.daemons)
 
 
-class ContenderProcess:
-    """A running contender.
+class ChildProcess:
+    """A process that answers each line of JSON on its standard input with one on its standard output.
 
     Attributes:
         about: the version of what it measures, as it says itself.
     """
 
+    start_seconds = 240.0
+    """Limit for its start, with other processes on the same cores."""
+
     def __init__(
-        self, name: str, spec: dict[str, Any], python: str, *, freeze: bool, cluster: RayCluster | None, debug: bool
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        freeze: bool,
+        cluster: RayCluster | None,
+        output: int | IO[bytes] | None,
+        hint: str,
     ) -> None:
         """Start it; ``wait_ready`` waits for it.
 
         ``freeze``: its workers use the CPU when idle, and are stopped between its bursts.
         ``cluster``: the Ray cluster that it uses, the daemons of which count among its processes.
+        ``output``: where its standard error goes; ``hint``: for the error's text if it ends, where that can be read.
         """
         self.name = name
-        self._freeze, self._cluster = freeze, cluster
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | VLLM_ENVIRONMENT
-        environment["VLLM_RPC_BASE_PATH"] = spec["folder"]  # for its sockets' files, some of which it leaves behind
-        if cluster is not None:
-            environment |= cluster.environment
-        self._process = subprocess.Popen(
-            [python, str(_CHILD), json.dumps(spec)],
+        self.about = ""
+        self.process = subprocess.Popen(
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=None if debug else subprocess.DEVNULL,
+            stderr=output,
             start_new_session=True,  # a terminal's Ctrl-C is for the parent, which ends them in order
             env=environment,
         )
-        self._debug = debug
+        self._freeze, self._cluster, self._hint = freeze, cluster, hint
         self._said = b""
         self._ready = self._frozen = False
         self._workers: list[int] = []
         self._others: list[psutil.Process] = []
-        self._driver = psutil.Process(self._process.pid)
-        self.about = ""
+        self._driver = psutil.Process(self.process.pid)
 
-    def wait_ready(self) -> None:
-        answer = self._read(_START_SECONDS, "start")
-        self._workers, self.about = answer["workers"], answer["about"]
+    def wait_ready(self) -> dict[str, Any]:
+        """What it says when it is ready; its workers are stopped then, if they are to be."""
+        answer = self._read(self.start_seconds, "start")
+        self.about = answer["about"]
+        self._workers = self.find_workers(answer)
         try:
             others = {process.pid: process for process in self._driver.children(recursive=True)}
             for pid in self._workers:  # Ray's are not its children
@@ -117,36 +128,32 @@ class ContenderProcess:
         self._others = list(others.values())
         self._ready = True
         self.freeze()
+        return answer
 
-    def burst(self, payload: int, seconds: float, least: int, most: int, warm: int) -> tuple[Burst, CpuSeconds]:
-        """``warm`` calls that are not counted, then a burst (``rpc_child.run_burst``) and the CPU time that it took."""
-        self.thaw()
-        self._run_calls({"payload": payload, "seconds": 0.0, "least": warm, "most": warm})
-        before = self.cpu_seconds()
-        times = self._run_calls({"payload": payload, "seconds": seconds, "least": least, "most": most})
-        used = self.cpu_seconds() - before
-        self.freeze()
-        return Burst([ns / 1000 for ns in times]), used
+    def find_workers(self, answer: dict[str, Any]) -> list[int]:
+        """Process ids of its workers, given what it has said when it was ready."""
+        workers: list[int] = answer["workers"]
+        return workers
 
-    def _run_calls(self, order: dict[str, Any]) -> list[int]:
-        assert self._process.stdin is not None
+    def ask(self, order: dict[str, Any], timeout: float, what: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # reading tells how it ended
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.flush()
-        answer = self._read(order["seconds"] + _ANSWER_SECONDS, f"run a burst with {order['payload']} bytes")
-        times: list[int] = answer["times"]
-        return times
+            self.process.stdin.write(json.dumps(order).encode() + b"\n")
+            self.process.stdin.flush()
+        return self._read(timeout, what)
 
     def cpu_seconds(self) -> CpuSeconds:
         """Since the processes began."""
-        try:
-            return CpuSeconds(
-                _used(self._driver),
-                sum(map(_used, self._others)),
-                self._cluster.cpu_seconds() if self._cluster else 0.0,
-            )
-        except psutil.NoSuchProcess as gone:
-            raise ContenderFailed(f"{self.name}: process {gone.pid} has ended") from None
+        return CpuSeconds(
+            cpu_seconds_of(self.name, [self._driver]),
+            cpu_seconds_of(self.name, self._others),
+            self._cluster.cpu_seconds() if self._cluster else 0.0,
+        )
+
+    @property
+    def freezes(self) -> bool:
+        """Whether its workers are stopped between its bursts."""
+        return self._freeze
 
     def freeze(self) -> None:
         if self._freeze:
@@ -164,16 +171,15 @@ class ContenderProcess:
                 os.kill(pid, number)
 
     def _read(self, timeout: float, what: str) -> dict[str, Any]:
-        assert self._process.stdout is not None
+        assert self.process.stdout is not None
         deadline = time.monotonic() + timeout
         while b"\n" not in self._said:
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise ContenderFailed(f"{self.name} did not {what} within {timeout:.0f} s")
-            more = os.read(self._process.stdout.fileno(), 2**20)
+            more = os.read(self.process.stdout.fileno(), 2**20)
             if not more:
-                hint = "" if self._debug else "; run again with --debug to see why"
-                raise ContenderFailed(f"{self.name} ended with status {self._process.wait()}{hint}")
+                raise ContenderFailed(f"{self.name} ended with status {self.process.wait()}{self._hint}")
             self._said += more
         line, _, self._said = self._said.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
@@ -185,23 +191,67 @@ class ContenderProcess:
         """Have it end; ``close`` waits for that."""
         self.thaw()
         if not self._ready:  # it does not read its standard input yet
-            self._process.terminate()
-        assert self._process.stdin is not None
+            self.process.terminate()
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self.process.stdin.close()
 
     def close(self) -> None:
         """End it, with force where it does not end by itself; idempotent."""
         self.hang_up()
         try:
-            self._process.wait(_END_SECONDS)
+            self.process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.process.kill()
+            self.process.wait()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # what it left behind
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+            os.killpg(self.process.pid, signal.SIGKILL)  # what it left behind
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+class ContenderProcess(ChildProcess):
+    """A running contender of ``rpc.py``."""
+
+    def __init__(
+        self, name: str, spec: dict[str, Any], python: str, *, freeze: bool, cluster: RayCluster | None, debug: bool
+    ) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | VLLM_ENVIRONMENT
+        environment["VLLM_RPC_BASE_PATH"] = spec["folder"]  # for its sockets' files, some of which it leaves behind
+        if cluster is not None:
+            environment |= cluster.environment
+        super().__init__(
+            name,
+            [python, str(_CHILD), json.dumps(spec)],
+            environment,
+            freeze=freeze,
+            cluster=cluster,
+            output=None if debug else subprocess.DEVNULL,
+            hint="" if debug else "; run again with --debug to see why",
+        )
+
+    def burst(self, payload: int, seconds: float, least: int, most: int, warm: int) -> tuple[Burst, CpuSeconds]:
+        """``warm`` calls that are not counted, then a burst (``rpc_child.run_burst``) and the CPU time that it took."""
+        self.thaw()
+        self._run_calls({"payload": payload, "seconds": 0.0, "least": warm, "most": warm})
+        before = self.cpu_seconds()
+        times = self._run_calls({"payload": payload, "seconds": seconds, "least": least, "most": most})
+        used = self.cpu_seconds() - before
+        self.freeze()
+        return Burst([ns / 1000 for ns in times]), used
+
+    def _run_calls(self, order: dict[str, Any]) -> list[int]:
+        limit = order["seconds"] + _ANSWER_SECONDS
+        times: list[int] = self.ask(order, limit, f"run a burst with {order['payload']} bytes")["times"]
+        return times
+
+
+def cpu_seconds_of(name: str, processes: Iterable[psutil.Process]) -> float:
+    """User and system time since they began. Raises ContenderFailed if one of contender ``name``'s has ended."""
+    try:
+        return sum(map(_used, processes))
+    except psutil.NoSuchProcess as gone:
+        raise ContenderFailed(f"{name}: process {gone.pid} has ended") from None
 
 
 def _used(process: psutil.Process) -> float:
@@ -218,10 +268,11 @@ class RayCluster:
         environment: variables that whoever connects needs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_gpus: int | None = None) -> None:
+        """``num_gpus``: to count with; None for those that Ray finds."""
         from lightvllm.backends.ray.cluster import LocalCluster, LocalClusterConfig
 
-        self._local = LocalCluster(LocalClusterConfig(object_store_memory=200 * 2**20))
+        self._local = LocalCluster(LocalClusterConfig(object_store_memory=200 * 2**20, num_gpus=num_gpus))
         self.environment = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"), "RAY_USAGE_STATS_ENABLED": "0"}
         self.temp_dir = self._local.temp_dir
         self._daemons: list[psutil.Process] = []
@@ -235,9 +286,13 @@ class RayCluster:
 
     def find_daemons(self) -> None:
         """Take those that run now; to be called while no contender has its workers here."""
+        self._daemons = [psutil.Process(pid) for pid in self.members()]
+
+    def members(self) -> list[int]:
+        """The process ids of its daemons and of all workers that run in it now."""
         from lightvllm.backends.ray.head import session_members
 
-        self._daemons = [psutil.Process(pid) for pid in session_members(self._local.session)]
+        return session_members(self._local.session)
 
     def cpu_seconds(self) -> float:
         used = 0.0
@@ -314,3 +369,30 @@ def describe_machine(versions: Sequence[str]) -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {sys.version.split()[0]}",
         "versions": found,
     }
+
+
+def print_machine(console: Console, machine: dict[str, Any]) -> None:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    console.print(
+        f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB, {machine['system']}, "
+        f"load {machine['load'][0]}\n{machine['python']}, {versions}"
+    )
+
+
+# --------------------------------------------------------------------------------------- being broken off
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """A second Ctrl-C does not break off the ending of processes, which takes a limited time."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def raise_interrupt(*_: object) -> NoReturn:
+    """A handler: SIGTERM ends a benchmark as Ctrl-C does."""
+    raise KeyboardInterrupt
