@@ -1,4 +1,4 @@
-# make demo · make test · make test-vllm · make smoke-vllm · make lint · make bench-engine · make bench-kernels · make bench-rpc · make bench-carriers · make bench-pipeline · make bench-serve · make bench-router · make load-test · make fuzz · make fuzz-api      (a second time each is quick)
+# make demo · make test · make test-vllm · make smoke-vllm · make lint · make bench-engine · make bench-kernels · make bench-rpc · make bench-vllm · make bench-carriers · make bench-pipeline · make bench-serve · make bench-router · make load-test · make fuzz · make fuzz-api      (a second time each is quick)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO_MODEL := smollm2-135m
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: model demo test test-vllm smoke-vllm lint proto bench-engine bench-kernels bench-rpc bench-carriers bench-pipeline bench-serve bench-router load-test fuzz fuzz-api clean
+.PHONY: model demo test test-vllm smoke-vllm lint proto bench-engine bench-kernels bench-rpc bench-vllm bench-carriers bench-pipeline bench-serve bench-router load-test fuzz fuzz-api clean
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; give another with PYTHON=python3.x (3.11 to 3.13)" >&2; exit 1; }
@@ -58,6 +58,11 @@ bench-kernels: $(VENV)/installed
 bench-rpc: $(VENV)/installed
 	$(BIN)/python benchmarks/install_vllm.py .venv-vllm
 	$(BIN)/python benchmarks/rpc.py --vllm-python .venv-vllm/bin/python --growth
+
+# vLLM's CPU build on its own executors and on ours, interleaved.
+bench-vllm: model
+	$(BIN)/python benchmarks/install_vllm.py .venv-vllm
+	.venv-vllm/bin/python benchmarks/vllm_executors.py $(DEMO_MODEL)
 
 # What the wire's design chose, each against its alternatives, interleaved.
 bench-carriers: $(VENV)/installed
