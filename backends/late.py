@@ -38,3 +38,4 @@ class LateThread:
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
+            del task  # and with it what it held (a step's tensors), which would otherwise live until the next one comes

@@ -147,6 +147,7 @@ def groups(crowd: int) -> dict[str, Group]:
             "streams",
             {
                 "in the handler's thread, bytes encoded once": {},
+                "replies yielded by a generator": {"server": "generator"},
                 "handed over to another thread": {"server": "thread"},
                 "bytes encoded once per worker": {"messages": "each"},
                 "protobuf classes, left to gRPC": {"messages": "classes"},

@@ -31,7 +31,7 @@ from lightvllm.messages import Buffer
 from lightvllm.proto import worker_pb2 as pb
 
 SPEC: dict[str, Any] = {
-    "server": "handler",  # or thread: the handler hands each call to the main thread; or aio
+    "server": "handler",  # or generator: it yields the replies; thread: it has the main thread make them; or aio
     "messages": "once",  # bytes, encoded once per call; or each: once per worker; or classes: left to gRPC
     "piece": wire.PIECE_BYTES,
 }
@@ -158,7 +158,13 @@ def _address(worker: subprocess.Popen[bytes]) -> str:
 def _serve(spec: dict[str, Any], address: str) -> None:
     calls: queue.SimpleQueue[tuple[Buffer, Future[bytes]]] = queue.SimpleQueue()
 
-    def in_handler(messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
+    def in_handler(messages: Iterator[bytes], context: Any, send: Callable[[bytes | None], None]) -> None:
+        for number, _, payload in wire.whole_calls(messages, LIMIT):
+            for message in wire.encode_reply(number, size_reply(payload)):
+                send(message)
+        send(None)
+
+    def as_generator(messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
         for number, _, payload in wire.whole_calls(messages, LIMIT):
             yield from wire.encode_reply(number, size_reply(payload))
 
@@ -175,7 +181,8 @@ def _serve(spec: dict[str, Any], address: str) -> None:
     if spec["messages"] == "classes":
         handlers = grpc.method_handlers_generic_handler(wire.SERVICE, {"Session": _handler_with_classes(with_classes)})
     else:
-        handlers = wire.handlers({"Session": in_another_thread if spec["server"] == "thread" else in_handler})
+        ways = {"handler": wire.with_sender(in_handler), "generator": as_generator, "thread": in_another_thread}
+        handlers = wire.handlers({"Session": ways[spec["server"]]})
     server = grpc.server(ThreadPoolExecutor(_THREADS), [handlers], options=wire.server_options(address, LIMIT))
     wire.bind(server, address, None)
     server.start()

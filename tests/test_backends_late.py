@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 from waiting import LIMIT
 
@@ -26,6 +27,22 @@ def test_it_starts_at_first_need_keeps_the_order_and_ends_after_what_was_put() -
     late.join(LIMIT)
     assert done == [*range(100), "late-test"]
     assert threading.active_count() == before
+
+
+def test_what_a_task_held_is_let_go_when_it_is_done() -> None:
+    class Held:
+        pass
+
+    late = LateThread("late-test")
+    held, done = Held(), threading.Event()
+    gone = threading.Event()
+    weakref.finalize(held, gone.set)
+    late.put(lambda held=held: done.set())  # type: ignore[misc]
+    del held
+    assert done.wait(LIMIT)
+    assert gone.wait(LIMIT)  # though the thread waits for more
+    late.end()
+    late.join(LIMIT)
 
 
 def test_one_that_was_never_needed_ends_as_well() -> None:

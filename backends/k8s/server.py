@@ -353,8 +353,10 @@ class Host:
 
     def _serve_direct(self, direct: FrameSocket, worker: _Invoker) -> None:
         def send_reply(number: int, reply: bytes) -> None:
-            with contextlib.suppress(ConnectionError):  # the next read tells
+            try:
                 direct.write(frames.REPLY, number, b"", reply, None)  # as long as the driver lives, it reads
+            except ConnectionError:
+                return  # the next read tells
 
         replies = _Replies(send_reply)
         while True:
@@ -480,9 +482,12 @@ class _Invoker:
         except BaseException as error:  # noqa: BLE001  SystemExit and the like: the end of the process
             exit_with(error)
         if isinstance(reply, bytes):
-            return self._checked(method, reply)
-        finish = reply
-        return lambda: self._checked(method, finish())
+            return reply if len(reply) <= self._limit else self._too_large(method, reply)
+        return functools.partial(self._finish, method, reply)
+
+    def _finish(self, method: str, finish: Callable[[], bytes]) -> bytes:
+        reply = finish()
+        return reply if len(reply) <= self._limit else self._too_large(method, reply)
 
     def call(self, method: str, payload: Buffer) -> bytes:
         """The encoded reply, finished here."""
@@ -494,12 +499,10 @@ class _Invoker:
         except BaseException as error:  # noqa: BLE001  as in begin
             exit_with(error)
 
-    def _checked(self, method: str, reply: bytes) -> bytes:
-        if len(reply) > self._limit:
-            return encode_failure(
-                ConfigError(f"the reply of {method} is {len(reply)} bytes, more than max_message_bytes={self._limit}")
-            )
-        return reply
+    def _too_large(self, method: str, reply: bytes) -> bytes:
+        return encode_failure(
+            ConfigError(f"the reply of {method} is {len(reply)} bytes, more than max_message_bytes={self._limit}")
+        )
 
     def execute_stage(self, request: Any) -> tuple[bytes, list[Any]]:
         """One pipeline stage's step by hand: the encoded output or failure, and the hidden states that follow."""
