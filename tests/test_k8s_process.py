@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -94,6 +95,24 @@ def test_one_that_dies_before_it_listens_gives_its_last_words(folder: Path) -> N
     (folder / "grpc.py").write_text("raise SystemExit('this grpc is broken')")
     process = start(f"unix:{folder}/w.sock", env={"PYTHONPATH": str(folder)})
     with pytest.raises(PlacementError, match="exited with code 1 before it listened: this grpc is broken"):
+        process.wait_listening(LIMIT)
+
+
+def test_one_that_dies_before_it_is_told_anything_is_a_placement_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = msgspec.json.encode
+
+    def encode_later(bootstrap: object) -> bytes:
+        (child,) = {child.pid for child in psutil.Process().children()} - before
+        wait_until(lambda: gone(child), "the process to end")
+        return encode(bootstrap)
+
+    before = {child.pid for child in psutil.Process().children()}
+    monkeypatch.setattr(msgspec.json, "encode", encode_later)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    process = start(f"unix:{folder}/w.sock")
+    with pytest.raises(PlacementError, match="exited with code 1 before it listened"):
         process.wait_listening(LIMIT)
 
 
@@ -190,6 +209,22 @@ def test_one_whose_words_nobody_takes_is_not_held_up(
 
     monkeypatch.setattr(sys, "stderr", Broken() if stderr == "broken" else None)
     assert say(folder, "err.write(b'z\\n' * 2**20 + b'the end')").reason() == "exited with code 3: the end"
+
+
+def test_a_grandchild_that_keeps_the_pipe_does_not_hide_the_end(folder: Path) -> None:
+    """It has a session of its own, so that it is not killed with its parent."""
+    (folder / "grpc.py").write_text(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+        "sys.exit(f'child {child.pid}')\n"
+    )
+    process = start(f"unix:{folder}/w.sock", env={"PYTHONPATH": str(folder)})
+    assert process.exited.wait(LIMIT)
+    child = psutil.Process(int(wait_until(lambda: process.reason().partition("child ")[2], "its last words")))
+    started = time.monotonic()
+    process.end(started)
+    assert time.monotonic() - started < 0.9  # far below the 60 s of the grandchild
+    child.kill()
 
 
 PARENT = """

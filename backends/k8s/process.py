@@ -12,6 +12,7 @@ import collections
 import contextlib
 import io
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -32,7 +33,8 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 """Default of the largest payload of a call or a reply."""
 
 _KILLED_SECONDS = 5.0  # from SIGKILL to the end, which the kernel may put off (a stuck mount or device)
-_LAST_WORDS_SECONDS = 0.2  # to read on after the end; a grandchild elsewhere may hold the pipe open for longer
+_LAST_WORDS_SECONDS = 1.0  # to read to the end of what it has said, once it has ended
+_HELD_SECONDS = 0.2  # likewise, where a grandchild elsewhere holds the pipe open, so that no end is in sight
 _TAIL_LINES = 40
 _TAIL_LINE_BYTES = 4096
 _LINE_BYTES = 2**20  # a longer line is shown in pieces of this size, each on a line of its own
@@ -126,11 +128,11 @@ class WorkerProcess:
         self._reaping = threading.Lock()
         self._reaped = False
         self._thread(self._read_status, self._process.stdout)
-        self._thread(self._wait, on_exit)
         stdin = self._stdin()
         with contextlib.suppress(BrokenPipeError):  # it has died already, which wait_listening reports
             stdin.write(msgspec.json.encode(bootstrap) + b"\n")
             stdin.flush()
+        self._thread(self._wait, on_exit)  # which closes stdin, so not before
 
     def wait_listening(self, timeout: float) -> str:
         """The address where it listens. Raises ConfigError with the child's reason, PlacementError if it died or
@@ -172,8 +174,7 @@ class WorkerProcess:
         if not self.exited.wait(max(0.0, deadline - time.monotonic())):
             self.kill()
             self.exited.wait(_KILLED_SECONDS)
-        if self._reader is not None:
-            self._reader.join(_LAST_WORDS_SECONDS)
+        self._read_last_words()
 
     def _stdin(self) -> IO[bytes]:
         assert self._process.stdin is not None
@@ -196,6 +197,16 @@ class WorkerProcess:
                 elif debug:
                     _show(b"[worker %d] %s" % (self.pid, whole))
 
+    def _read_last_words(self) -> None:
+        """Of a process that has ended."""
+        stream, reader = self._process.stderr, self._reader
+        if stream is None or reader is None or not reader.is_alive():
+            return
+        poll = select.poll()
+        with contextlib.suppress(ValueError):  # the reader has come to the end
+            poll.register(stream.fileno(), 0)
+            reader.join(_LAST_WORDS_SECONDS if poll.poll(0) else _HELD_SECONDS)  # POLLHUP comes unasked
+
     def _read_status(self, stream: IO[bytes]) -> None:
         with stream:
             line = stream.readline()
@@ -207,8 +218,7 @@ class WorkerProcess:
             os.killpg(self.pid, signal.SIGKILL)  # what it started itself and left behind
             self._process.wait()
             self._reaped = True
-        if self._reader is not None:
-            self._reader.join(_LAST_WORDS_SECONDS)
+        self._read_last_words()
         self.hang_up()
         self.exited.set()
         on_exit()
