@@ -16,7 +16,7 @@ from typing import Any
 from lightvllm.backends.base import Backend, BackendGraph, Graph, Placement, Progress, WorkerRef
 from lightvllm.config import ParallelConfig
 from lightvllm.errors import LightvllmError, RpcTimeout, Shutdown, WorkerDied
-from lightvllm.executors.base import Executor, FailureCallback
+from lightvllm.executors.base import Executor, FailureCallback, RpcFuture
 from lightvllm.executors.graph import WorkerHandle
 from lightvllm.executors.ranks import deal_ranks
 from lightvllm.messages import Buffer, decode_reply, encode_call
@@ -136,11 +136,12 @@ class DistributedExecutor(Executor):
         timeout: float | None,
         reply_rank: int | None,
         on_reply: Callable[[int, int], None] | None = None,
+        told_as: str = "",
     ) -> _Gathering:
         limit = self._rpc_timeout if timeout is None else timeout
         asked = tuple(calls)
         gathering = _Gathering(
-            self.backend, name, [rank for rank, _ in asked], reply_rank, limit, on_reply, self._forget
+            self.backend, told_as or name, [rank for rank, _ in asked], reply_rank, limit, on_reply, self._forget
         )
         with self._lock:
             if self._failure is not None:
@@ -150,6 +151,24 @@ class DistributedExecutor(Executor):
             for rank, payload in asked:
                 self.backend.send(self.workers[rank], name, payload, functools.partial(gathering.replied, rank))
         return gathering
+
+    def begin_rpc(
+        self,
+        method: str,
+        args: Sequence[Any],
+        timeout: float | None = None,
+        unique_reply_rank: int | None = None,
+        told_as: str = "",
+    ) -> RpcFuture:
+        """``collective_rpc`` with ``non_block``; errors name ``told_as``, which is what ``method`` is to run."""
+        payload = encode_call(method, args, None)[1]
+        calls = enumerate([payload] * len(self.workers))
+        return self._send(method, calls, timeout, unique_reply_rank, told_as=told_as)
+
+    def abandon(self, future: RpcFuture, error: BaseException) -> None:
+        """Have a call's future fail with ``error`` now, unless it is done. The workers execute the call still."""
+        if isinstance(future, _Gathering):
+            future.fail(error)
 
     # ---------------------------------------------------------------------------------------------- graphs
 

@@ -10,6 +10,7 @@ Where the workers are and what they get from this process's environment is told 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import os
 import pickle
@@ -69,6 +70,8 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         """
         self._closing = threading.Lock()
         self._closed = False
+        self._step_failed = False
+        self._executed: Future[Any] = Future()
         try:
             self._start()
         except LightvllmError as error:
@@ -199,37 +202,43 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         kwargs: dict[str, Any],
         reply_rank: int | None,
     ) -> Future[Any]:
-        future: Future[Any]
         if callable(method):
-            future = self.executor.collective_rpc(
-                "run", timeout, (method, args, kwargs, reply_rank), non_block=True, unique_reply_rank=reply_rank
-            )
-            return future
+            name = getattr(method, "__name__", type(method).__name__)
+            return self.executor.begin_rpc("run", (method, args, kwargs, reply_rank), timeout, reply_rank, name)
         # vLLM's own objects need nothing that cloudpickle adds, and pickle takes a third of the time.
         call = pickle.dumps((method, args, kwargs), pickle.HIGHEST_PROTOCOL)
-        future = self.executor.collective_rpc(
-            "run_pickled", timeout, (call, reply_rank), non_block=True, unique_reply_rank=reply_rank
-        )
-        return future
+        return self.executor.begin_rpc("run_pickled", (call, reply_rank), timeout, reply_rank, method)
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         """One step; the output rank's result, or a Future of it. None where sampling is a call of its own."""
-        return self._step("execute_model", scheduler_output, non_block)
+        self._executed = future = self._step("execute_model", scheduler_output)
+        return future if non_block else future.result()
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
-        """The second half of a step."""
-        return self._step("sample_tokens", grammar_output, non_block)
+        """The second half of a step. Fails as soon as any rank has failed in the first half.
 
-    def _step(self, method: str, argument: Any, non_block: bool) -> Any:
-        return self.collective_rpc(
+        vLLM waits for this half alone where it has sent both, and the ranks that have not failed may sit in a
+        collective for ever.
+        """
+        future = self._step("sample_tokens", grammar_output)
+        self._executed.add_done_callback(functools.partial(_fail_with, self.executor, future))
+        return future if non_block else future.result()
+
+    def _step(self, method: str, argument: Any) -> Future[Any]:
+        future: Future[Any] = self.collective_rpc(
             method,
             self.executor.step_timeout,
             (argument,),
-            non_block=non_block,
+            non_block=True,
             unique_reply_rank=self.output_rank,
             kv_output_aggregator=self.kv_output_aggregator,
             ec_output_aggregator=self.ec_output_aggregator,
         )
+        future.add_done_callback(self._look_at)
+        return future
+
+    def _look_at(self, step: Future[Any]) -> None:
+        self._step_failed |= step.exception() is not None
 
     def execute_dummy_batch(self) -> None:
         """A step without requests, which data-parallel engines take for the others' sake."""
@@ -274,7 +283,8 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
             return
         with self._closing:
             first, self._closed = not self._closed, True
-        if first and executor.failure is None:
+        # After a failed step the ranks that have not failed may sit in a collective, and would not answer.
+        if first and executor.failure is None and not self._step_failed:
             self._close_workers(executor)
         executor.shutdown()
 
@@ -330,12 +340,18 @@ class RayExecutor(_BackendExecutor):
         return RayBackend(address=settings.ray_address, local_cluster=local), False
 
 
+def _fail_with(executor: DistributedExecutor, future: Future[Any], first_half: Future[Any]) -> None:
+    error = first_half.exception()
+    if error is not None:
+        executor.abandon(future.source if isinstance(future, _Aggregated) else future, error)
+
+
 class _Aggregated(Future[Any]):
     """One output made of all ranks' outputs, as soon as they are there."""
 
     def __init__(self, outputs: Future[Any], aggregators: Sequence[Any], rank: int) -> None:
         super().__init__()
-        self._outputs, self._aggregators, self._rank = outputs, aggregators, rank
+        self.source, self._aggregators, self._rank = outputs, aggregators, rank
         self.set_running_or_notify_cancel()
         outputs.add_done_callback(self._aggregate)
 
@@ -351,8 +367,8 @@ class _Aggregated(Future[Any]):
             self.set_result(result)
 
     def result(self, timeout: float | None = None) -> Any:
-        if not self._outputs.done():
-            self._outputs.result(timeout)  # which may read the replies in this thread, and knows its own time-out
+        if not self.source.done():
+            self.source.result(timeout)  # which may read the replies in this thread, and knows its own time-out
         return super().result()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
+import logging
 import os
 import pickle
 import threading
@@ -49,6 +50,7 @@ class VllmWorker:
         self._wrapper: Any = None
         self._rank = -1
         self._store: Any = None
+        self._logger = logging.getLogger(__name__)  # vLLM's, as soon as it has been imported
         self._late = threading.local()
 
     def describe(self) -> Versions:
@@ -82,7 +84,7 @@ class VllmWorker:
 
     def construct(self, start: WorkerStart) -> None:
         """Construct vLLM's worker; its configuration has come with ``start``."""
-        from vllm.logger import configure_logging
+        from vllm.logger import configure_logging, init_logger
         from vllm.platforms.interface import set_assigned_physical_gpu_ids
         from vllm.tracing import maybe_init_worker_tracer
         from vllm.v1.executor.multiproc_executor import WorkerProc
@@ -99,6 +101,7 @@ class VllmWorker:
             instrumenting_module_name="vllm.worker", process_kind="worker", process_name=f"Worker_{start.rank}"
         )
         self._rank = start.rank
+        self._logger = init_logger(f"vllm.{__name__}")
         wrapper = WorkerWrapperBase(rpc_rank=0, global_rank=start.rank)
         wrapper.init_worker(
             [
@@ -129,6 +132,7 @@ class VllmWorker:
         from vllm.platforms import current_platform
 
         _unlink_cpu_buffers(os.environ.get("VLLM_DIST_IDENT"))
+        _unlink_broadcast_rings()
         if envs.VLLM_ELASTIC_EP_SCALE_UP_LAUNCH:
             self._wrapper.elastic_ep_execute("load_model")
         else:
@@ -199,6 +203,22 @@ def _unlink_cpu_buffers(ident: str | None) -> None:
         for path in glob.glob(f"/dev/shm/{glob.escape(ident)}-*-cpushm_*"):  # noqa: S108  where shared memory is
             with contextlib.suppress(FileNotFoundError):  # another rank was first
                 os.unlink(path)
+
+
+def _unlink_broadcast_rings() -> None:
+    """Likewise for the memory through which the first rank of a tensor-parallel group sends objects to the others.
+
+    Its maker removes it at an orderly end only. Python's resource tracker, which does so for one that was killed, is in
+    the worker's process group and ended with it.
+    """
+    from vllm.distributed import parallel_state
+
+    for reference in parallel_state._groups.values():
+        queue = getattr(reference(), "mq_broadcaster", None)
+        ring = getattr(queue, "buffer", None)  # None where all readers are on other hosts
+        if ring is not None and ring.is_creator:
+            ring.shared_memory.unlink()
+            ring.is_creator = False  # it has no name any more to be removed
 
 
 def _listening_store(store_class: Any, host: str, world_size: int) -> Any:
