@@ -107,6 +107,30 @@ def test_the_first_error_of_any_rank_is_raised_without_waiting_for_the_rest(
     assert not executor.is_failed
 
 
+def test_a_call_under_another_name_is_told_as_that(executor: DistributedExecutor, backend: SteeredBackend) -> None:
+    future = executor.begin_rpc("run", ("execute_model", 1), unique_reply_rank=2, told_as="execute_model")
+    assert {method for _, method, _, _ in backend.calls} == {"run"}
+    backend.calls[3][3].set_result(encode_failure(ValueError("out of memory")))
+    with pytest.raises(WorkerError, match="rank 3 failed in execute_model: ValueError: out of memory"):
+        future.result()
+
+
+def test_an_abandoned_call_fails_at_once_and_its_replies_are_of_no_account(
+    executor: DistributedExecutor, backend: SteeredBackend
+) -> None:
+    future = executor.begin_rpc("run", ())
+    executor.abandon(future, ValueError("the first half failed"))
+    for index in range(4):
+        backend.answer(index, None)
+    with pytest.raises(ValueError, match="the first half failed"):
+        future.result()
+    done = executor.begin_rpc("run", ())
+    for index in range(4, 8):
+        backend.answer(index, index)
+    executor.abandon(done, ValueError("too late"))
+    assert done.result() == [4, 5, 6, 7]
+
+
 def test_time_out_names_the_ranks_that_did_not_answer(executor: DistributedExecutor, backend: SteeredBackend) -> None:
     future = executor.collective_rpc("echo", 0.05, non_block=True)
     backend.answer(1, None)

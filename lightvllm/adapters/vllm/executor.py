@@ -16,8 +16,7 @@ import os
 import pickle
 import threading
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -29,13 +28,15 @@ from vllm.v1.executor.abstract import Executor, FailureCallback
 from vllm.v1.executor.multiproc_executor import set_multiprocessing_worker_envs
 
 from lightvllm.adapters.vllm import environment, versions
+from lightvllm.adapters.vllm.devices import shared_devices
+from lightvllm.adapters.vllm.futures import Aggregated, fail_with
 from lightvllm.adapters.vllm.settings import AdapterSettings, load_settings, workers_of_engine
 from lightvllm.adapters.vllm.worker import WorkerStart
 from lightvllm.backends.base import Backend, Placement, WorkerRef
 from lightvllm.config import ParallelConfig
 from lightvllm.errors import ConfigError, LightvllmError
 from lightvllm.executors.distributed import DistributedExecutor
-from lightvllm.executors.ranks import device_indices, local_ranks
+from lightvllm.executors.ranks import local_ranks
 
 # Below vLLM's own logger, whose handlers and format it so shares.
 logger = init_logger(f"vllm.{__name__}")
@@ -191,7 +192,7 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         reply_rank = None if aggregators else unique_reply_rank
         future = self._send(method, timeout, tuple(args), dict(kwargs or {}), reply_rank)
         if aggregators:
-            future = _Aggregated(future, aggregators, unique_reply_rank or 0)
+            future = Aggregated(future, aggregators, unique_reply_rank or 0)
         return future if non_block else future.result()
 
     def _send(
@@ -221,7 +222,7 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         collective for ever.
         """
         future = self._step("sample_tokens", grammar_output)
-        self._executed.add_done_callback(functools.partial(_fail_with, self.executor, future))
+        self._executed.add_done_callback(functools.partial(fail_with, self.executor, future))
         return future if non_block else future.result()
 
     def _step(self, method: str, argument: Any) -> Future[Any]:
@@ -338,55 +339,6 @@ class RayExecutor(_BackendExecutor):
 
         local = LocalClusterConfig(log_to_driver=settings.show_worker_output)
         return RayBackend(address=settings.ray_address, local_cluster=local), False
-
-
-def _fail_with(executor: DistributedExecutor, future: Future[Any], first_half: Future[Any]) -> None:
-    error = first_half.exception()
-    if error is not None:
-        executor.abandon(future.source if isinstance(future, _Aggregated) else future, error)
-
-
-class _Aggregated(Future[Any]):
-    """One output made of all ranks' outputs, as soon as they are there."""
-
-    def __init__(self, outputs: Future[Any], aggregators: Sequence[Any], rank: int) -> None:
-        super().__init__()
-        self.source, self._aggregators, self._rank = outputs, aggregators, rank
-        self.set_running_or_notify_cancel()
-        outputs.add_done_callback(self._aggregate)
-
-    def _aggregate(self, outputs: Future[Any]) -> None:
-        try:
-            all_ranks = outputs.result()
-            result = all_ranks[self._rank]
-            for aggregator in self._aggregators:  # each adds its part to that rank's output
-                result = aggregator.aggregate(all_ranks, output_rank=self._rank)
-        except BaseException as error:  # noqa: BLE001  raised where the result is asked for
-            self.set_exception(error)
-        else:
-            self.set_result(result)
-
-    def result(self, timeout: float | None = None) -> Any:
-        if not self.source.done():
-            self.source.result(timeout)  # which may read the replies in this thread, and knows its own time-out
-        return super().result()
-
-
-def shared_devices(workers: Sequence[WorkerRef]) -> tuple[list[int], list[str]]:
-    """For workers in rank order: the index of each one's device, and what CUDA_VISIBLE_DEVICES is to be.
-
-    The workers of a node all see the node's devices, so that they can reach each other's memory; a worker that saw its
-    own alone keeps it, and those that saw the same ones take them in turn.
-    """
-    by_node: dict[str, list[str]] = defaultdict(list)
-    for worker in workers:
-        by_node[worker.node] += [device for device in worker.device_ids if device not in by_node[worker.node]]
-    for devices in by_node.values():
-        devices.sort(key=lambda device: (0, int(device), "") if device.isdigit() else (1, 0, device))
-    own = device_indices(workers)
-    taken = [worker.device_ids[index] for worker, index in zip(workers, own, strict=True)]
-    indices = [by_node[worker.node].index(device) for worker, device in zip(workers, taken, strict=True)]
-    return indices, [",".join(by_node[worker.node]) for worker in workers]
 
 
 def _check_supported(config: Any) -> None:

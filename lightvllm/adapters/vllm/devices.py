@@ -1,0 +1,35 @@
+"""Which GPU each worker takes, where vLLM's workers are not children of one process. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from lightvllm.backends.base import WorkerRef
+from lightvllm.errors import PlacementError
+from lightvllm.executors.ranks import device_indices
+
+
+def shared_devices(workers: Sequence[WorkerRef]) -> tuple[list[int], list[str]]:
+    """For workers in rank order: the index of each one's device, and what CUDA_VISIBLE_DEVICES is to be.
+
+    The workers of a node all see the node's devices, so that they can reach each other's memory; a worker that saw its
+    own alone keeps it, and those that saw the same ones take them in turn.
+
+    Raises PlacementError where there are too few.
+    """
+    by_node: dict[str, list[str]] = defaultdict(list)
+    for worker in workers:
+        by_node[worker.node] += [device for device in worker.device_ids if device not in by_node[worker.node]]
+    for devices in by_node.values():
+        devices.sort(key=lambda device: (0, int(device), "") if device.isdigit() else (1, 0, device))
+    indices = []
+    for rank, (worker, own) in enumerate(zip(workers, device_indices(workers), strict=True)):
+        if own >= len(worker.device_ids):
+            raise PlacementError(
+                f"{worker.id} (rank {rank}) has no GPU of its own on {worker.node}: it sees "
+                f"{', '.join(worker.device_ids) or 'none'}, and the ranks before it take those; start fewer workers "
+                "there, or show it more"
+            )
+        indices.append(by_node[worker.node].index(worker.device_ids[own]))
+    return indices, [",".join(by_node[worker.node]) for worker in workers]
