@@ -302,6 +302,11 @@ def _is_simple(value: Any) -> bool:
 def _pickled(value: Any, take: Callable[[pickle.PickleBuffer], object] | None = None) -> bytes:
     if _is_simple(value):
         return _PICKLED + pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    # What multiprocessing's spawned children call the user's script. Workers have it no more than they have __main__,
+    # of which cloudpickle knows that.
+    main = sys.modules.get("__mp_main__")
+    if main is not None and main.__name__ == "__mp_main__":
+        cloudpickle.register_pickle_by_value(main)
     with io.BytesIO() as file:
         file.write(_PICKLED)
         _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=take).dump(value)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pickle
 import struct
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,6 +113,33 @@ def test_everything_else_is_pickled() -> None:
     assert call(lambda worker, x: (type(worker).__name__, x), 2) == ("Echo", 2)
     assert encode_call(lambda worker: 0, (), None)[0] == CALLABLE
     assert call("odd")() == 1
+
+
+SPAWNING = """
+import multiprocessing, sys
+
+class OfTheScript:
+    answer = 42
+
+def child(pipe):
+    from lightvllm.messages import encode_value
+    pipe.send(encode_value(OfTheScript))
+
+if __name__ == "__main__":
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=child, args=(there,))
+    process.start()
+    sys.stdout.buffer.write(here.recv())
+    process.join()
+"""
+
+
+def test_what_a_users_script_defines_reaches_workers_from_its_spawned_children(tmp_path: Path) -> None:
+    """Multiprocessing calls the script __mp_main__ there; vLLM's engine core is such a child."""
+    script = tmp_path / "script.py"
+    script.write_text(SPAWNING)
+    sent = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, timeout=60, check=True).stdout
+    assert decode_value(sent).answer == 42
 
 
 def test_the_users_mistakes_come_back_as_such_and_others_with_their_traceback() -> None:
