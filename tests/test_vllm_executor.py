@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from vllm_models import GREEDY, PROMPTS, TINY, folder, reference
 from vllm_process import MARKS, Engine, VllmError, engine
+from waiting import wait_until
 
 pytestmark = [pytest.mark.smoke, *MARKS]
 
@@ -134,7 +135,8 @@ def test_a_killed_worker(here: Engine) -> None:
     assert "WorkerDied" in kinds
     assert "rank 1" in text
     assert "SIGKILL" in text
-    (failed,) = here.ask("failed_at")
+    # The futures fail first, and the callback is called right after, in another thread.
+    (failed,) = wait_until(lambda: here.ask("failed_at"), "the failure callback is called")
     assert failed - told["killed"] < TOLD_WITHIN
     assert here.ask("executor_attribute", name="is_failed") is True
     for name, arguments in [("check_health", {}), ("collective_rpc", {"method": "check_health"})]:

@@ -47,6 +47,10 @@ CLOSE_TIMEOUT = 5.0
 """Seconds that workers which still answer get to give back their process groups and shared memory."""
 
 
+_NONE: Future[None] = Future()
+_NONE.set_result(None)
+
+
 class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed where types are checked
     """What both executors share. Made by vLLM, in the process of its engine core.
 
@@ -85,6 +89,7 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         self.settings = settings = load_settings(self.vllm_config.additional_config, os.environ, self._backend_name)
         _check_supported(self.vllm_config)
         self.output_rank = parallel.world_size - parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
+        self._is_plain = _is_plain(self.vllm_config)
         if warning := versions.warn_unless_supported(versions.local_versions().vllm):
             logger.warning(warning)
         backend, self._is_local = self._make_backend(settings)
@@ -142,9 +147,8 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         if self._is_local:
             env = _openmp(self.vllm_config, len(ranks))
         elif current_platform.is_cuda_alike():
-            devices, visible = shared_devices(executor.workers)
-            for rank in ranks:
-                env[rank]["CUDA_VISIBLE_DEVICES"] = visible[rank]
+            devices, visible = shared_devices(executor.workers, dealt=self._backend_name == "ray")
+            env = [{} if seen is None else {"CUDA_VISIBLE_DEVICES": seen} for seen in visible]
         executor.scatter_rpc("prepare", {rank: [env[rank]] for rank in ranks})
 
         (meeting,) = executor.scatter_rpc("open_meeting", {0: [one_node, len(ranks)]})
@@ -211,9 +215,15 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         return self.executor.begin_rpc("run_pickled", (call, reply_rank), timeout, reply_rank, method)
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
-        """One step; the output rank's result, or a Future of it. None where sampling is a call of its own."""
+        """One step; the output rank's result, or a Future of it. None where sampling is a call of its own.
+
+        vLLM's plain step waits for that None before it sends the second half, and the workers would wait meanwhile. So
+        it is told at once, and the second half looks at what the first has really come to.
+        """
         self._executed = future = self._step("execute_model", scheduler_output)
-        return future if non_block else future.result()
+        if not non_block:
+            return future.result()
+        return _NONE if self._is_plain and scheduler_output.total_num_scheduled_tokens else future
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
         """The second half of a step. Fails as soon as any rank has failed in the first half.
@@ -223,7 +233,10 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         """
         future = self._step("sample_tokens", grammar_output)
         self._executed.add_done_callback(functools.partial(fail_with, self.executor, future))
-        return future if non_block else future.result()
+        if non_block:
+            return future
+        output = future.result()
+        return self._executed.result() if output is None else output
 
     def _step(self, method: str, argument: Any) -> Future[Any]:
         future: Future[Any] = self.collective_rpc(
@@ -296,8 +309,23 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
             logger.warning("a worker did not close in an orderly way and is ended: %s", error)
 
 
+def _is_plain(config: Any) -> bool:
+    """Whether vLLM takes its steps one at a time (``EngineCore.step``), and the first half of one that has scheduled
+    tokens comes to None or an error."""
+    return bool(
+        config.max_concurrent_batches == 1
+        and config.model_config.runner_type != "pooling"
+        and not config.is_mm_encoder_only
+        and config.kv_transfer_config is None
+        and config.ec_transfer_config is None
+    )
+
+
 class KubernetesExecutor(_BackendExecutor):
-    """Workers behind authenticated gRPC: local processes, or ``lightvllm worker`` servers, see ``settings.py``."""
+    """Workers behind authenticated gRPC: local processes, or ``lightvllm worker`` servers, see ``settings.py``.
+
+    With ``k8s_service`` each data-parallel engine has pods of its own, one engine's after another's.
+    """
 
     _backend_name = "k8s"
 
@@ -305,7 +333,7 @@ class KubernetesExecutor(_BackendExecutor):
         from lightvllm.backends.k8s.backend import KubernetesBackend
 
         parallel = self.parallel_config
-        if not settings.k8s_workers:
+        if not settings.k8s_workers and settings.k8s_service is None:
             set_multiprocessing_worker_envs(parallel.local_world_size * max(1, parallel.data_parallel_size_local))
             return KubernetesBackend(transport=settings.k8s_transport, show_output=settings.show_worker_output), True
         backend = KubernetesBackend(
@@ -318,6 +346,9 @@ class KubernetesExecutor(_BackendExecutor):
                 parallel.data_parallel_size_local,
                 settings.k8s_gpus_per_pod,
             ),
+            service=settings.k8s_service,
+            pod_prefix=settings.k8s_pod_prefix,
+            first_pod=parallel.data_parallel_index * parallel.world_size // settings.k8s_gpus_per_pod,
             gpus_per_pod=settings.k8s_gpus_per_pod,
             token_file=settings.k8s_token_file,
             tls_cert=settings.k8s_tls_cert,
