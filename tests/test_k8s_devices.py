@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightvllm.backends.k8s.devices import deal_gpus, visible_gpus
+from lightvllm.backends.k8s.devices import deal_gpus, own_gpus, visible_gpus
 from lightvllm.errors import PlacementError
 
 
@@ -22,6 +22,13 @@ def test_else_the_device_files_count(tmp_path: Path) -> None:
     for name in ("nvidia10", "nvidia2", "nvidiactl", "nvidia-uvm", "null"):
         (tmp_path / name).touch()
     assert visible_gpus({}, str(tmp_path)) == ["2", "10"]
+
+
+def test_local_workers_are_dealt_what_cuda_knows_by_that_number(tmp_path: Path) -> None:
+    for name in ("nvidia6", "nvidia7", "nvidiactl"):  # a container with the last two of a host's eight
+        (tmp_path / name).touch()
+    assert own_gpus({}, str(tmp_path)) == ["0", "1"]
+    assert own_gpus({"CUDA_VISIBLE_DEVICES": "7,6"}, str(tmp_path)) == ["7", "6"]
 
 
 def test_each_worker_gets_its_own() -> None:

@@ -22,6 +22,15 @@ def visible_gpus(env: Mapping[str, str] | None = None, device_folder: str = "/de
     return sorted((match[1] for match in found if match), key=int)
 
 
+def own_gpus(env: Mapping[str, str], device_folder: str = "/dev") -> list[str]:
+    """Those that processes started here can be dealt, as CUDA_VISIBLE_DEVICES takes them.
+
+    The device files of a container have the host's numbers, and CUDA counts from 0 in it.
+    """
+    seen = visible_gpus(env, device_folder)
+    return seen if VISIBLE in env else [str(index) for index in range(len(seen))]
+
+
 def check_ids(option: str, gpus: Sequence[str]) -> None:
     """Raise ConfigError unless ``gpus`` are ids as in CUDA_VISIBLE_DEVICES, each once."""
     if isinstance(gpus, str) or not all(re.fullmatch(_ID, str(gpu)) and gpu == str(gpu) for gpu in gpus):

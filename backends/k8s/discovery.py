@@ -73,7 +73,7 @@ class LocalProcesses:
                 "use PACK or SPREAD, or give k8s_workers on different nodes"
             )
         env = {**request.env, **os.environ, **request.env_overrides}
-        gpus = devices.visible_gpus(env) if self._gpus is None else list(self._gpus)
+        gpus = devices.own_gpus(env) if self._gpus is None else list(self._gpus)
         whose = "this machine has" if self._gpus is None else "local_gpus names"
         shares = devices.deal_gpus(gpus, request.world_size, request.gpus_per_worker, whose)
         token = Token.new()
