@@ -1,4 +1,4 @@
-# make demo · make test · make test-vllm · make smoke-vllm · make lint · make bench-engine · make bench-kernels · make bench-rpc · make bench-vllm · make bench-carriers · make bench-pipeline · make bench-serve · make bench-router · make load-test · make fuzz · make fuzz-api      (a second time each is quick)
+# make demo · make test · make test-vllm · make smoke-vllm · make lint · make crd · make bench-engine · make bench-kernels · make bench-rpc · make bench-vllm · make bench-carriers · make bench-pipeline · make bench-serve · make bench-router · make load-test · make fuzz · make fuzz-api      (a second time each is quick)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO_MODEL := smollm2-135m
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: model demo test test-vllm smoke-vllm lint proto bench-engine bench-kernels bench-rpc bench-vllm bench-carriers bench-pipeline bench-serve bench-router load-test fuzz fuzz-api clean
+.PHONY: model demo test test-vllm smoke-vllm lint proto crd bench-engine bench-kernels bench-rpc bench-vllm bench-carriers bench-pipeline bench-serve bench-router load-test fuzz fuzz-api clean
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; give another with PYTHON=python3.x (3.11 to 3.13)" >&2; exit 1; }
@@ -18,7 +18,7 @@ $(BIN)/python:
 # torch is named first: without the pin a resolver takes the newest one, with gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml $(BIN)/python
 	$(PIP) install --quiet --only-binary :all: "torch>=2.11,<2.14" "transformers==5.19.0" "ray[default]==2.60.0"
-	$(PIP) install --quiet --editable ".[ray,k8s,server,client,otel,parity,test]"
+	$(PIP) install --quiet --editable ".[ray,k8s,server,operator,client,otel,parity,test]"
 	touch $@
 
 # The demo model, which tests marked "demo" need.
@@ -44,6 +44,10 @@ lint: $(VENV)/installed
 
 proto: $(VENV)/installed
 	$(BIN)/python proto/generate.py
+
+# manifests/base/crd.yaml and the tables of docs/kubernetes.md, from lightvllm/operator/types.py.
+crd: $(VENV)/installed
+	$(BIN)/python manifests/generate.py
 
 # Our engine, transformers and vLLM's CPU build on the same weights, interleaved.
 bench-engine: model
