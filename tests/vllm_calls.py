@@ -32,11 +32,6 @@ def fail_on(worker: Any, rank: int) -> int:
     return int(worker.rank)
 
 
-def environment(worker: Any, name: str) -> str | None:
-    return os.environ.get(name)
-
-
-def memory(worker: Any) -> list[str]:
-    """The files in /dev/shm that this worker has mapped."""
-    with open("/proc/self/maps") as maps:
-        return sorted({line.split()[-1] for line in maps if "/dev/shm/" in line and "(deleted)" not in line})
+def samples_later(worker: Any) -> bool:
+    """Whether a step's tokens are handed over by an ``AsyncModelRunnerOutput``."""
+    return bool(worker.worker.model_runner.use_async_scheduling)

@@ -81,7 +81,7 @@ class Household:
         self.folder = Path(tempfile.mkdtemp(prefix="lightvllm-tests-"))
         self.env = os.environ | ON_A_CPU | {MARK: self._mark, "TMPDIR": str(self.folder)} | env
         self._log = self.folder / "log"
-        self._memory: set[str] = set()
+        self._memory: set[int] = set()
 
     def spawn(self, command: list[str], **options: Any) -> subprocess.Popen[str]:
         """Start the first of them; what it prints, unless ``options`` say otherwise, is in ``log``."""
@@ -106,10 +106,16 @@ class Household:
             return False
 
     def look(self) -> None:
-        """Remember what they have in shared memory now, for `nothing_left`."""
+        """Remember what they have in shared memory now, for `nothing_left`: by inode, for names change."""
         for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
-                self._memory |= {each.path for each in process.memory_maps() if each.path.startswith("/dev/shm/")}
+            with contextlib.suppress(OSError):  # it has ended
+                maps = Path(f"/proc/{process.pid}/maps").read_text()
+                self._memory |= {int(line.split()[4]) for line in maps.splitlines() if "/dev/shm/" in line}
+
+    def _named_memory(self) -> list[str]:
+        """What of it has a name."""
+        with os.scandir("/dev/shm") as entries:
+            return [entry.path for entry in entries if entry.inode() in self._memory]
 
     def only(self, pids: set[int], limit: float = END_LIMIT) -> None:
         """Fails the test unless within ``limit`` seconds no others run."""
@@ -125,7 +131,7 @@ class Household:
             wait_until(gone, "all processes end", limit)
         except AssertionError:
             raise AssertionError(f"still running: {[(p.pid, p.cmdline()) for p in self.processes()]}") from None
-        left = [path for path in self._memory if os.path.exists(path)]
+        left = self._named_memory()
         assert not left, f"left in shared memory: {left}"
         ours = [str(path) for path in self.folder.rglob("*") if "lightvllm" in path.name]
         assert not ours, f"left on disk: {ours}"
@@ -138,8 +144,8 @@ class Household:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(processes, 5)
-        for path in self._memory:
-            Path(path.removesuffix(" (deleted)")).unlink(missing_ok=True)
+        for path in self._named_memory():
+            Path(path).unlink(missing_ok=True)
         shutil.rmtree(self.folder)
 
 

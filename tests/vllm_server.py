@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx2 as httpx
 import openai
+from vllm_models import GREEDY
 from vllm_process import START_LIMIT, Household
 from waiting import wait_until
 
@@ -64,6 +65,17 @@ class Server:
             return self.http.get("/health").status_code
         except httpx.TransportError:
             return None
+
+    def complete(self, prompts: list[str]) -> list[str]:
+        """The likeliest continuations, as `vllm_models.answers` asks for them."""
+        answer = self.openai.completions.create(
+            model=NAME,
+            prompt=prompts,
+            temperature=0.0,
+            max_tokens=GREEDY["max_tokens"],
+            extra_body={"ignore_eos": True},
+        )
+        return [choice.text for choice in answer.choices]
 
     def _accepts(self) -> bool:
         """Whether anybody listens: httpx leaves open the sockets whose connection is refused."""
