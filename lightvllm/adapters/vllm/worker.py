@@ -18,7 +18,7 @@ import logging
 import os
 import pickle
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -103,18 +103,19 @@ class VllmWorker:
         self._rank = start.rank
         self._logger = init_logger(f"vllm.{__name__}")
         wrapper = WorkerWrapperBase(rpc_rank=0, global_rank=start.rank)
-        wrapper.init_worker(
-            [
-                {
-                    "vllm_config": config,
-                    "local_rank": start.local_rank,
-                    "rank": start.rank,
-                    "distributed_init_method": start.init_method,
-                    "is_driver_worker": start.rank % config.parallel_config.tensor_parallel_size == 0,
-                    "shared_worker_lock": None,
-                }
-            ]
-        )
+        with self._telling("construct"):
+            wrapper.init_worker(
+                [
+                    {
+                        "vllm_config": config,
+                        "local_rank": start.local_rank,
+                        "rank": start.rank,
+                        "distributed_init_method": start.init_method,
+                        "is_driver_worker": start.rank % config.parallel_config.tensor_parallel_size == 0,
+                        "shared_worker_lock": None,
+                    }
+                ]
+            )
         WorkerProc.setup_proc_title_and_log_prefix(enable_ep=config.parallel_config.enable_expert_parallel)
         self._wrapper = wrapper
 
@@ -122,7 +123,8 @@ class VllmWorker:
         """Take the device and join the process groups; returns when all ranks have come."""
         from vllm.v1.executor.multiproc_executor import WorkerProc
 
-        self._wrapper.init_device()
+        with self._telling("join_groups"):
+            self._wrapper.init_device()
         config = self._wrapper.vllm_config
         WorkerProc.setup_proc_title_and_log_prefix(enable_ep=config.parallel_config.enable_expert_parallel)
 
@@ -133,10 +135,11 @@ class VllmWorker:
 
         _unlink_cpu_buffers(os.environ.get("VLLM_DIST_IDENT"))
         _unlink_broadcast_rings()
-        if envs.VLLM_ELASTIC_EP_SCALE_UP_LAUNCH:
-            self._wrapper.elastic_ep_execute("load_model")
-        else:
-            self._wrapper.load_model()
+        with self._telling("load_weights"):
+            if envs.VLLM_ELASTIC_EP_SCALE_UP_LAUNCH:
+                self._wrapper.elastic_ep_execute("load_model")
+            else:
+                self._wrapper.load_model()
         current_platform.update_block_size_for_backend(self._wrapper.vllm_config)
         envs.enable_envs_cache()
 
@@ -153,10 +156,11 @@ class VllmWorker:
         """
         from vllm.v1.outputs import AsyncModelRunnerOutput
 
-        function = (
-            getattr(self._wrapper, method) if isinstance(method, str) else functools.partial(method, self._wrapper)
-        )
-        output = function(*args, **kwargs)
+        with self._telling(method):
+            function = (
+                getattr(self._wrapper, method) if isinstance(method, str) else functools.partial(method, self._wrapper)
+            )
+            output = function(*args, **kwargs)
         if reply_rank is not None and reply_rank != self._rank:
             return None
         if isinstance(output, AsyncModelRunnerOutput):
@@ -168,6 +172,16 @@ class VllmWorker:
         method, args, kwargs = pickle.loads(call)  # noqa: S301  this connection has proved who it is
         return self.run(method, args, kwargs, reply_rank)
 
+    @contextlib.contextmanager
+    def _telling(self, what: str | Callable[..., Any]) -> Iterator[None]:
+        """Log what is raised with its traceback, as vLLM's own workers do: the driver is told one line of it."""
+        try:
+            yield
+        except Exception:
+            name = what if isinstance(what, str) else getattr(what, "__name__", type(what).__name__)
+            self._logger.exception("rank %d failed in %s", self._rank, name)
+            raise
+
     def _finish(self, output: Any) -> Any:
         """What an ``AsyncModelRunnerOutput`` comes to. In a thread of its own, which must be told the device: without
         that, CUDA calls would make a context on device 0."""
@@ -178,7 +192,8 @@ class VllmWorker:
             if device is not None:
                 current_platform.set_device(device)
             self._late.has_device = True
-        return output.get_output()
+        with self._telling(type(output).__name__):
+            return output.get_output()
 
     def close(self) -> None:
         """Give back the device, the process groups and their shared memory."""
