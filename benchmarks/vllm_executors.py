@@ -91,7 +91,8 @@ class Bench:
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("LIGHTVLLM_", "VLLM_", "RAY_"))
         }
-        made = kept | _ENVIRONMENT | {"OMP_NUM_THREADS": str(self.threads), "VLLM_RPC_BASE_PATH": str(self.folder)}
+        own = {"OMP_NUM_THREADS": str(self.threads), "TMPDIR": str(self.folder)}  # what it leaves there goes, too
+        made = kept | _ENVIRONMENT | own
         if entry.ray and self.cluster is not None:
             made |= self.cluster.environment | {"RAY_ADDRESS": self.cluster.address}
             made["VLLM_HOST_IP"] = self.cluster.address.rpartition(":")[
@@ -382,7 +383,7 @@ def main(
                 if bench.cluster is not None:
                     bench.cluster.close()
     results = bench.results
-    found = targets(results, shapes, counts)
+    found = targets(results, names, shapes, counts)
     print_results(console, results, {name: CATALOGUE[name].title for name in names}, idle)
     print_targets(console, found)
     unlike = [cell for cell in results.cells if cell.unlike]

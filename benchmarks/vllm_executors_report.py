@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,8 +85,13 @@ class Floor(Target):
         return None if self.value is None else round(self.value, 3) >= self.bound
 
 
-def targets(results: Results, layouts: Sequence[str], concurrencies: Sequence[int]) -> list[Floor]:
-    """Ours against vLLM's. Contenders that were never up together are compared by way of the reference."""
+def targets(
+    results: Results, names: Sequence[str], layouts: Sequence[str], concurrencies: Sequence[int]
+) -> list[Floor]:
+    """Ours against those of vLLM's that are among ``names``.
+
+    Contenders that were never up together are compared by way of the reference.
+    """
     found = []
     for layout in layouts:
         for concurrency in concurrencies:
@@ -98,6 +103,8 @@ def targets(results: Results, layouts: Sequence[str], concurrencies: Sequence[in
             for ours in filter(cells.get, OURS):
                 for theirs, bound in AT_LEAST.items():
                     what = f"{ours} / {theirs}, {layout}, {streams(concurrency)}"
+                    if theirs not in names:
+                        continue
                     if theirs not in cells:
                         found.append(Floor(what, bound))
                         continue
@@ -160,7 +167,9 @@ def _starts(results: Results, titles: dict[str, str], idle_seconds: float) -> Ta
     return table
 
 
-def print_targets(console: Console, found: Iterable[Floor]) -> None:
+def print_targets(console: Console, found: Sequence[Floor]) -> None:
+    if not found:
+        return
     table = Table("", "measured", "rounds", "at least", "", title_justify="left")
     table.title = "targets, of tokens per second: medians of the rounds' ratios"
     words = {True: "[green]met[/]", False: "[red]missed[/]", None: "[yellow]not measured[/]"}
