@@ -220,6 +220,13 @@ def test_place_is_called_once(started: Any) -> None:
         place(backend)
 
 
+@pytest.mark.parametrize("transport", ["grpc", "direct"])
+def test_the_limit_of_a_payload_may_be_beyond_that_of_a_grpc_message(started: Any, transport: str) -> None:
+    backend = started(max_message_bytes=2**33, transport=transport)
+    (ref,) = place(backend)
+    assert ask(backend, ref, "echo", bytes(5_000_000)) == bytes(5_000_000)
+
+
 def test_a_payload_that_is_too_large_is_refused_and_the_worker_goes_on(started: Any) -> None:
     backend = started(max_message_bytes=10_000)
     (ref,) = place(backend)

@@ -17,6 +17,11 @@ def here() -> Iterator[Engine]:
         yield one.start(folder("tiny"), KUBERNETES, **TINY[0].arguments)
 
 
+def test_a_call_of_more_than_a_servers_usual_limit(here: Engine) -> None:
+    """A step that brings a long video is one, and would end the engine."""
+    assert here.ask("rpc_of_bytes", mib=300) == [300, 300]
+
+
 def test_an_exceptions_traceback_is_logged_where_it_happened(here: Engine) -> None:
     with pytest.raises(VllmError, match="rank 1 will not"):
         here.ask("rpc", method="call:fail_on", args=[1])

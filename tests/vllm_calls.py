@@ -22,6 +22,10 @@ def add(worker: Any, left: int, right: int) -> list[int]:
     return [worker.rank, left + right]
 
 
+def copied(worker: Any, data: bytes) -> bytes:
+    return data
+
+
 def doze(worker: Any, seconds: float) -> None:
     time.sleep(seconds)
 

@@ -81,6 +81,14 @@ def rpc(method: str, args: list[Any] = [], timeout: float | None = None) -> Any:
 
 
 @action
+def rpc_of_bytes(mib: int) -> list[int]:
+    """Send so much to each worker, and back; what came, MiB."""
+    import vllm_calls
+
+    return [len(each) >> 20 for each in llms[0].collective_rpc(vllm_calls.copied, args=(bytes(mib << 20),))]
+
+
+@action
 def call_llm(name: str, **arguments: Any) -> Any:
     """A method of LLM's that answers with nothing of use: the text of what it gives."""
     return repr(getattr(llms[0], name)(**arguments))

@@ -253,7 +253,10 @@ class WorkerSession:
     def refusal(self, method: str, size: int) -> LightvllmError | None:
         """What a call with a payload of ``size`` bytes would fail with at once."""
         if size > self._limit:
-            return ConfigError(f"the call of {method} is {size} bytes, more than max_message_bytes={self._limit}")
+            return ConfigError(
+                f"the call of {method} is {size} bytes, more than max_message_bytes={self._limit} "
+                "(lightvllm worker --max-message-mib)"
+            )
         return self._over
 
     def call(self, method: str, payload: Buffer) -> Future[Buffer]:

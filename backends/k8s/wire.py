@@ -78,7 +78,7 @@ def _keepalive(target: str, time_and_timeout: tuple[int, int]) -> Options:
 
 
 def _message_limits(max_message_bytes: int) -> Options:
-    size = max_message_bytes + _FRAME_BYTES
+    size = min(max_message_bytes + _FRAME_BYTES, 2**31 - 1)  # gRPC's own limit; a Session's payloads come in pieces
     return [("grpc.max_receive_message_length", size), ("grpc.max_send_message_length", size)]
 
 

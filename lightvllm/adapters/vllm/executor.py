@@ -43,6 +43,9 @@ logger = init_logger(f"vllm.{__name__}")
 
 WORKER_CLASS = "lightvllm.adapters.vllm.worker:VllmWorker"
 HEALTH_TIMEOUT = 10.0
+MAX_MESSAGE_BYTES = 2**36
+"""For calls and replies, images in a step and weights in a call among them: vLLM's own executors have no limit. Servers
+that were started with ``lightvllm worker`` have one of their own, which counts then."""
 CLOSE_TIMEOUT = 5.0
 """Seconds that workers which still answer get to give back their process groups and shared memory."""
 
@@ -335,7 +338,12 @@ class KubernetesExecutor(_BackendExecutor):
         parallel = self.parallel_config
         if not settings.k8s_workers and settings.k8s_service is None:
             set_multiprocessing_worker_envs(parallel.local_world_size * max(1, parallel.data_parallel_size_local))
-            return KubernetesBackend(transport=settings.k8s_transport, show_output=settings.show_worker_output), True
+            local = KubernetesBackend(
+                transport=settings.k8s_transport,
+                max_message_bytes=MAX_MESSAGE_BYTES,
+                show_output=settings.show_worker_output,
+            )
+            return local, True
         backend = KubernetesBackend(
             workers=workers_of_engine(
                 settings.k8s_workers,
@@ -355,6 +363,7 @@ class KubernetesExecutor(_BackendExecutor):
             tls_key=settings.k8s_tls_key,
             tls_ca=settings.k8s_tls_ca,
             transport=settings.k8s_transport,
+            max_message_bytes=MAX_MESSAGE_BYTES,
         )
         return backend, False
 
