@@ -30,6 +30,7 @@ from vllm.v1.executor.multiproc_executor import set_multiprocessing_worker_envs
 from lightvllm.adapters.vllm import environment, versions
 from lightvllm.adapters.vllm.devices import shared_devices
 from lightvllm.adapters.vllm.futures import Aggregated, fail_with
+from lightvllm.adapters.vllm.meeting import check_meeting
 from lightvllm.adapters.vllm.settings import AdapterSettings, load_settings, workers_of_engine
 from lightvllm.adapters.vllm.worker import WorkerStart
 from lightvllm.backends.base import Backend, Placement, WorkerRef
@@ -143,6 +144,10 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         described: list[versions.Versions] = executor.collective_rpc("describe", self.settings.start_timeout)
         names = [f"{worker.id} (rank {rank})" for rank, worker in enumerate(executor.workers)]
         versions.check(versions.local_versions(), dict(zip(names, described, strict=True)))
+        parallel = self.parallel_config
+        if parallel.data_parallel_size > 1:  # it is 1 where engines work each for itself
+            node, address = executor.backend.driver_node, parallel.data_parallel_master_ip
+            check_meeting(executor.workers, node, address, parallel.data_parallel_rank)
 
         one_node = len({worker.node for worker in executor.workers}) == 1
         devices = [rank for rank, _ in local_ranks(executor.workers)]
@@ -421,6 +426,13 @@ def _config_for_other_hosts(config: Any) -> Any:
     """
     config = copy.copy(config)
     parallel = config.parallel_config = copy.copy(config.parallel_config)
+    given = parallel.data_parallel_backend != "ray" and current_platform.is_cuda_alike()  # else vLLM sets them itself
+    if given and parallel.assigned_physical_gpu_ids is not None:
+        logger.warning(
+            "GPUs %s of this host (--device-ids) mean nothing to workers elsewhere, which take those that they see; "
+            "start the workers with CUDA_VISIBLE_DEVICES instead",
+            parallel.assigned_physical_gpu_ids,
+        )
     parallel.assigned_physical_gpu_ids = None
     if parallel.data_parallel_rank_local is not None or parallel.data_parallel_size > 1:
         parallel.data_parallel_rank_local = 0
