@@ -161,6 +161,8 @@ def _k8s(executor: ExecutorConfig, engine: EngineConfig) -> Backend:
 
     return KubernetesBackend(
         workers=executor.k8s_workers,
+        service=executor.k8s_service,
+        pod_prefix=executor.k8s_pod_prefix,
         gpus_per_pod=executor.k8s_gpus_per_pod,
         token_file=executor.k8s_token_file,
         tls_cert=executor.k8s_tls_cert,

@@ -188,6 +188,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 KubernetesTransport = Literal["auto", "grpc", "direct"]
 KUBERNETES_TRANSPORTS: tuple[str, ...] = ("auto", "grpc", "direct")
+RUNNING_WORKERS = "k8s_workers or k8s_service, neither of which is given"
+"""What an option is for that makes no sense with worker processes started here; for messages."""
 ExecutorName = Literal["uniproc", "ray", "k8s"]
 EXECUTOR_NAMES: tuple[str, ...] = ("uniproc", "ray", "k8s")
 
@@ -198,10 +200,13 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: ``"uniproc"`` (this process), ``"ray"`` or ``"k8s"``.
         ray_address: a running Ray cluster (``"auto"`` or ``"host:port"``); None starts a small local one.
-        k8s_workers: addresses of ``lightvllm worker`` servers, ``"host:port"``, in rank order; empty starts local
-            worker processes.
-        k8s_gpus_per_pod: workers behind each of those addresses, at as many consecutive ports (``lightvllm worker
-            --workers``); ranks go pod by pod, port by port.
+        k8s_workers: addresses of ``lightvllm worker`` servers, ``"host:port"``, in rank order. Neither these nor
+            ``k8s_service``: local worker processes are started.
+        k8s_service: the headless Service of a StatefulSet whose pods run ``lightvllm worker``, found by DNS:
+            ``NAME[.NAMESPACE[.svc[.DOMAIN]]][:PORT]``. Ranks go by a pod's index.
+        k8s_pod_prefix: the StatefulSet's name; None takes the Service's without ``-headless``.
+        k8s_gpus_per_pod: workers behind each of those addresses, or in each pod, at as many consecutive ports
+            (``lightvllm worker --workers``); ranks go pod by pod, port by port.
         k8s_token_file: file with the token that those servers were started with.
         k8s_tls_cert, k8s_tls_key, k8s_tls_ca: PEM files for mutual TLS with them: the driver's certificate, its key,
             and the CA that signed the servers'. Needed for addresses that are not loopback.
@@ -216,6 +221,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
     name: ExecutorName = "uniproc"
     ray_address: str | None = None
     k8s_workers: tuple[str, ...] = ()
+    k8s_service: str | None = None
+    k8s_pod_prefix: str | None = None
     k8s_gpus_per_pod: int = 1
     k8s_token_file: str | None = None
     k8s_tls_cert: str | None = None
@@ -233,12 +240,20 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"executor={self.name!r} is unknown; use one of {', '.join(EXECUTOR_NAMES)}")
         if self.k8s_workers and self.name != "k8s":
             raise ConfigError(f"k8s_workers are given, but executor={self.name!r}; use executor='k8s'")
+        if self.k8s_service is not None and self.name != "k8s":
+            raise ConfigError(
+                f"k8s_service={self.k8s_service!r} is given, but executor={self.name!r}; use executor='k8s'"
+            )
+        if self.k8s_workers and self.k8s_service is not None:
+            raise ConfigError(f"k8s_workers and k8s_service={self.k8s_service!r} are both given; keep one")
+        if self.k8s_pod_prefix is not None and self.k8s_service is None:
+            raise ConfigError(
+                f"k8s_pod_prefix={self.k8s_pod_prefix!r} is for k8s_service, which is not given; leave it out"
+            )
         if self.k8s_gpus_per_pod < 1:
             raise ConfigError(f"k8s_gpus_per_pod={self.k8s_gpus_per_pod}; use 1 or more")
-        if self.k8s_gpus_per_pod != 1 and not self.k8s_workers:
-            raise ConfigError(
-                f"k8s_gpus_per_pod={self.k8s_gpus_per_pod} is for k8s_workers, none of which are given; leave it out"
-            )
+        if self.k8s_gpus_per_pod != 1 and not self.k8s_workers and self.k8s_service is None:
+            raise ConfigError(f"k8s_gpus_per_pod={self.k8s_gpus_per_pod} is for {RUNNING_WORKERS}; leave it out")
         if self.k8s_transport not in KUBERNETES_TRANSPORTS:
             raise ConfigError(
                 f"k8s_transport={self.k8s_transport!r} is unknown; use one of {', '.join(KUBERNETES_TRANSPORTS)}"

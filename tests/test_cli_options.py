@@ -63,6 +63,8 @@ def test_for_executor():
         max_model_len=64,
         ray_address="auto",
         k8s_workers="a:1, b:2,",
+        k8s_service="llm",
+        k8s_pod_prefix="llm-x",
         k8s_token_file=Path("/token"),
         dtype=options.DType.bfloat16,
     )
@@ -71,6 +73,7 @@ def test_for_executor():
     assert not [name for name in ray if name.startswith("k8s")]
     assert (ray["dtype"], type(ray["dtype"])) == ("bfloat16", str)
     assert (k8s["k8s_workers"], k8s["k8s_token_file"]) == (("a:1", "b:2"), "/token")
+    assert (k8s["k8s_service"], k8s["k8s_pod_prefix"]) == ("llm", "llm-x")
     assert "ray_address" not in k8s
     assert "dtype" not in k8s
     assert "num_kv_blocks" not in k8s, "what was not given is left to LLM"
@@ -80,6 +83,8 @@ def test_options_of_an_executor_that_is_not_used_are_refused():
     EngineOptions(ray_address="auto").refuse_unused(["uniproc", "ray"])
     with pytest.raises(ConfigError, match="--k8s-token-file is given, but executor k8s is not used"):
         EngineOptions(k8s_token_file=Path("t")).refuse_unused(["uniproc", "ray"])
+    with pytest.raises(ConfigError, match="--k8s-service is given, but executor k8s is not used"):
+        EngineOptions(k8s_service="llm").refuse_unused(["uniproc", "ray"])
     with pytest.raises(ConfigError, match="--k8s-gpus-per-pod is given, but executor k8s is not used"):
         EngineOptions(k8s_gpus_per_pod=2).refuse_unused(["uniproc", "ray"])
     EngineOptions(k8s_transport=KubernetesTransport.auto).refuse_unused(["uniproc", "ray"])

@@ -50,7 +50,16 @@ def test_layouts(tmp_path: Path) -> None:
         (lambda: ExecutorConfig(name="k8s", k8s_workers=("a:1",), k8s_gpus_per_pod=0), "k8s_gpus_per_pod=0; use 1"),
         (
             lambda: ExecutorConfig(name="k8s", k8s_gpus_per_pod=2),
-            "k8s_gpus_per_pod=2 is for k8s_workers, none of which",
+            "k8s_gpus_per_pod=2 is for k8s_workers or k8s_service, neither of which is given; leave it out",
+        ),
+        (lambda: ExecutorConfig(name="ray", k8s_service="llm"), "k8s_service='llm' is given, but executor='ray'; use "),
+        (
+            lambda: ExecutorConfig(name="k8s", k8s_service="llm", k8s_workers=("a:1",)),
+            "k8s_workers and k8s_service='llm' are both given; keep one",
+        ),
+        (
+            lambda: ExecutorConfig(name="k8s", k8s_pod_prefix="llm"),
+            "k8s_pod_prefix='llm' is for k8s_service, which is not given; leave it out",
         ),
         (lambda: ExecutorConfig(name="k8s", ray_address="auto"), "use executor='ray'"),
         (lambda: ExecutorConfig(name="k8s", k8s_transport="tcp"), "use one of auto, grpc, direct"),

@@ -167,7 +167,8 @@ def test_progress_says_who_is_waited_for(started: Any) -> None:
     said: list[str] = []
     backend = started()
     backend.place(TWO, ignore, LIMIT, said.append)
-    assert said[0].startswith("workers 0/2 ready; local-0 is")
+    assert said[0] == "workers: 2 processes on this machine"
+    assert said[1].startswith("workers 0/2 ready; local-0 is")
     assert said[-2:] == ["workers 2/2 ready", "calls go by direct"]
     assert len(said) == len(set(said))
 
@@ -517,8 +518,8 @@ def test_an_address_of_something_else_is_no_worker(started: Any, token_file: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": ("127.0.0.1:1",)}, "need k8s_token_file"),
-        ({"token_file": "TOKEN"}, "none of which are given"),
+        ({"workers": ("127.0.0.1:1",)}, "k8s_workers needs k8s_token_file"),
+        ({"token_file": "TOKEN"}, "are for k8s_workers or k8s_service, neither of which is given"),
         ({"workers": ("127.0.0.1:1", "127.0.0.1:1"), "token_file": "TOKEN"}, "127.0.0.1:1 more than once"),
         (
             {"workers": ("127.0.0.1:0",), "token_file": "TOKEN"},
@@ -534,7 +535,7 @@ def test_an_address_of_something_else_is_no_worker(started: Any, token_file: str
         ),
         ({"workers": ("127.0.0.1:1",) * 2, "token_file": "TOKEN", "gpus_per_pod": 2}, "127.0.0.1:1 more than once"),
         ({"workers": ("127.0.0.1:1",), "token_file": "TOKEN", "gpus_per_pod": 0}, "k8s_gpus_per_pod=0; use 1 or more"),
-        ({"gpus_per_pod": 2}, "k8s_gpus_per_pod=2 is for k8s_workers, none of which are given"),
+        ({"gpus_per_pod": 2}, "k8s_gpus_per_pod=2 is for k8s_workers or k8s_service, neither of which"),
         ({"workers": ("10.0.0.1:1",), "token_file": "TOKEN"}, "not a loopback address"),
         ({"workers": ("nonsense",), "token_file": "TOKEN"}, "malformed"),
         ({"workers": ("127.0.0.1:1",), "token_file": "TOKEN", "local_gpus": ["0"]}, r"local_gpus=\['0'\] is for local"),

@@ -80,7 +80,7 @@ def test_it_goes_to_servers_over_tcp_too(started: Any, commands: tuple[str, list
 def test_where_it_cannot_be_opened_auto_does_without_and_says_why(
     started: Any, commands: tuple[str, list[WorkerCommand]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def blocked(*_: object) -> None:
+    def blocked(*_: object, **__: object) -> None:
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(session_module.link, "connect", blocked)

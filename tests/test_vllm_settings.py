@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightvllm.adapters.vllm.settings import AdapterSettings, Executor, load_settings, variable_of, workers_of_engine
+from lightvllm.adapters.vllm.settings import (
+    AdapterSettings,
+    Executor,
+    first_pod_of_engine,
+    load_settings,
+    variable_of,
+    workers_of_engine,
+)
 from lightvllm.errors import ConfigError
 
 
@@ -25,6 +32,8 @@ def test_defaults() -> None:
 
 K8S: dict[str, tuple[Any, str]] = {
     "k8s_workers": (["w0:50051", "w1:50051"], "w0:50051, w1:50051,"),
+    "k8s_service": ("llm-headless.prod:50051", "llm-headless.prod:50051"),
+    "k8s_pod_prefix": ("llm", "llm"),
     "k8s_gpus_per_pod": (8, "8"),
     "k8s_token_file": ("/run/token", "/run/token"),
     "k8s_tls_cert": ("/run/tls.crt", "/run/tls.crt"),
@@ -54,7 +63,9 @@ def test_these_are_all_fields() -> None:
 )
 def test_each_field_from_either_place(executor: Executor, field: str) -> None:
     value, text = (K8S | RAY | BOTH)[field]
-    workers = {"k8s_workers": ["w:1"]} if field.startswith("k8s_") and field != "k8s_workers" else {}
+    workers: dict[str, Any] = {}
+    if field.startswith("k8s_") and field not in ("k8s_workers", "k8s_service"):
+        workers = {"k8s_service": "llm"} if field == "k8s_pod_prefix" else {"k8s_workers": ["w:1"]}
     from_config = load({field: value, **workers}, executor=executor)
     expected = tuple(value) if isinstance(value, list) else value
     assert getattr(from_config, field) == expected != getattr(AdapterSettings(), field)
@@ -110,6 +121,8 @@ def test_a_wrong_variable_is_named_with_its_value(name: str, text: str, expected
         ("k8s_workers", "w0:1,w1:1", "addresses 'host:port'"),
         ("k8s_workers", [""], "addresses 'host:port'"),
         ("k8s_gpus_per_pod", "8", "a whole number from 1"),
+        ("k8s_service", "", "a Service's name"),
+        ("k8s_pod_prefix", 1, "a StatefulSet's name"),
         ("k8s_token_file", "", "a file's path"),
         ("show_worker_output", 1, "true or false"),
     ],
@@ -185,16 +198,34 @@ def test_the_other_executors_settings(executor: Executor, ours: Any, environ: An
     assert str(error.value) == said
 
 
-@pytest.mark.parametrize("field", [field for field in K8S if field not in ("k8s_workers", "k8s_transport")])
+NOT_FOR_WORKERS = ("k8s_workers", "k8s_service", "k8s_pod_prefix", "k8s_transport")
+
+
+@pytest.mark.parametrize("field", [field for field in K8S if field not in NOT_FOR_WORKERS])
 def test_what_is_for_workers_that_are_not_named(field: str) -> None:
     value, text = K8S[field]
-    said = "is for k8s_workers, none of which are given; name them in LIGHTVLLM_K8S_WORKERS, or leave it out"
+    said = (
+        "is for k8s_workers or k8s_service, neither of which is given; name the workers in LIGHTVLLM_K8S_WORKERS or "
+        "LIGHTVLLM_K8S_SERVICE, or leave it out"
+    )
     with pytest.raises(ConfigError) as error:
         load({field: value})
     assert str(error.value) == f"additional_config['lightvllm'][{field!r}] {said}"
     with pytest.raises(ConfigError) as error:
         load(environ={variable_of(field): text})
     assert str(error.value) == f"{variable_of(field)} {said}"
+
+
+def test_one_way_to_name_workers() -> None:
+    environ = {"LIGHTVLLM_K8S_SERVICE": "llm"}
+    said = r"^additional_config\['lightvllm'\]\['k8s_workers'\] and LIGHTVLLM_K8S_SERVICE are both given; keep one$"
+    with pytest.raises(ConfigError, match=said):
+        load({"k8s_workers": ["w:1"]}, environ)
+    said = r"^LIGHTVLLM_K8S_POD_PREFIX is for k8s_service, which is not given; leave it out$"
+    with pytest.raises(ConfigError, match=said):
+        load(environ={"LIGHTVLLM_K8S_POD_PREFIX": "llm"})
+    settings = load({"k8s_gpus_per_pod": 4, "k8s_token_file": "t"}, environ)
+    assert (settings.k8s_service, settings.k8s_gpus_per_pod) == ("llm", 4)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +270,11 @@ def test_one_engine_takes_the_first_workers() -> None:
     assert workers_of_engine((), 2, 0, None, 1, 1) == ()
     assert workers_of_engine(names(2), 3, 0, 0, 1, 1, gpus_per_pod=2) == ("w0:1", "w1:1")
     assert workers_of_engine(names(2), 2, 0, 0, 1, 1, gpus_per_pod=8) == ("w0:1",)
+
+
+def test_pods_of_one_engine_follow_those_of_another() -> None:
+    assert [first_pod_of_engine(2, engine, 1) for engine in range(3)] == [0, 2, 4]
+    assert [first_pod_of_engine(8, engine, 4) for engine in range(3)] == [0, 2, 4]
 
 
 @given(

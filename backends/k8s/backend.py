@@ -1,4 +1,4 @@
-"""The Kubernetes backend: workers behind authenticated gRPC, started here or found at given addresses."""
+"""The Kubernetes backend: workers behind authenticated gRPC, started here or found by address or by DNS."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightvllm.backends.base import BackendGraph, Graph, OnFailure, OnReply, Placement, Progress, WorkerRef, wait_for
-from lightvllm.backends.k8s.discovery import Discovery, Endpoint, LocalProcesses, StaticAddresses
+from lightvllm.backends.k8s.discovery import Discovery, Endpoint, LocalProcesses, ServicePods, StaticAddresses
 from lightvllm.backends.k8s.process import MAX_MESSAGE_BYTES
 from lightvllm.backends.k8s.reactor import Reactor
 from lightvllm.backends.k8s.security import Tls, Token
-from lightvllm.config import KUBERNETES_TRANSPORTS, KubernetesTransport
+from lightvllm.config import KUBERNETES_TRANSPORTS, RUNNING_WORKERS, KubernetesTransport
 from lightvllm.errors import (
     ConfigError,
     MissingExtra,
@@ -38,6 +38,9 @@ except ImportError as missing:
     if missing.name is None or missing.name.partition(".")[0] not in ("grpc", "grpc_health", "google"):
         raise
     raise MissingExtra("grpcio", "k8s", "--executor k8s") from None
+
+if TYPE_CHECKING:
+    from dns.resolver import Resolver
 
 _EXIT_REPORT_SECONDS = 0.5  # between a local worker's connection breaking and its process's exit being known
 
@@ -59,7 +62,7 @@ class KubernetesBackend:
     """See ``backends/base.py`` for the contract.
 
     Without ``workers``, ``place`` starts local worker processes, which end with this process however it ends.
-    With them, it connects to servers started by ``lightvllm worker``.
+    With them, or with ``service``, it connects to servers started by ``lightvllm worker``.
     """
 
     name = "k8s"
@@ -76,6 +79,10 @@ class KubernetesBackend:
         local_gpus: Sequence[str] | None = None,
         show_output: bool = False,
         gpus_per_pod: int = 1,
+        service: str | None = None,
+        pod_prefix: str | None = None,
+        first_pod: int = 0,
+        resolver: Resolver | None = None,
     ) -> None:
         """Starts and connects to nothing.
 
@@ -90,10 +97,17 @@ class KubernetesBackend:
             show_output: what local workers print appears on this process's stderr, line by line as it is. What the
                 servers of ``workers`` print appears where they run.
             gpus_per_pod: servers behind each of ``workers``, at as many consecutive ports from the one that is named.
-                Their order is address by address, port by port.
+                Their order is address by address, port by port. So many servers are in each pod of ``service``, too.
+            service: the headless Service of a StatefulSet whose pods are the workers, in place of ``workers``:
+                ``NAME[.NAMESPACE[.svc[.DOMAIN]]][:PORT]``. Needs TLS; pod i's certificate is for ``POD-i.`` and the
+                name as it is written here.
+            pod_prefix: the StatefulSet's name, if it is not the Service's without ``-headless``.
+            first_pod: index of the first of its pods that are used.
+            resolver: asked for the pods' addresses in place of the system's name servers.
 
         Raises:
             ConfigError: the options contradict each other, a file cannot be used, an address is malformed or unsafe.
+            MissingExtra: ``service`` without dnspython.
         """
         self.driver_node = socket.gethostname()
         if transport not in KUBERNETES_TRANSPORTS:
@@ -106,18 +120,25 @@ class KubernetesBackend:
         self._reactor: Reactor | None = None
         self._discovery: Discovery
         tls = Tls.from_options(tls_cert, tls_key, tls_ca)
-        if workers:
+        if workers and service is not None:
+            raise ConfigError(f"k8s_workers and k8s_service={service!r} are both given; keep one")
+        if pod_prefix is not None and service is None:
+            raise ConfigError(f"k8s_pod_prefix={pod_prefix!r} is for k8s_service, which is not given; leave it out")
+        if workers or service is not None:
+            where = "k8s_workers" if service is None else "k8s_service"
             if local_gpus is not None:
-                raise ConfigError(
-                    f"local_gpus={list(local_gpus)} is for local workers, but k8s_workers are given; leave one out"
-                )
+                raise ConfigError(f"local_gpus={list(local_gpus)} is for local workers, not {where}; leave one out")
             if token_file is None:
-                raise ConfigError("k8s_workers need k8s_token_file, the token file that they were started with")
-            self._discovery = StaticAddresses(workers, Token.read(token_file), tls, gpus_per_pod)
+                raise ConfigError(f"{where} needs k8s_token_file, the token file that the workers were started with")
+            token = Token.read(token_file)
+            if service is None:
+                self._discovery = StaticAddresses(workers, token, tls, gpus_per_pod)
+            else:
+                self._discovery = ServicePods(service, token, tls, gpus_per_pod, pod_prefix, first_pod, resolver)
         elif token_file is not None or tls is not None:
-            raise ConfigError("k8s_token_file and TLS options are for k8s_workers, none of which are given")
+            raise ConfigError(f"k8s_token_file and TLS options are for {RUNNING_WORKERS}; leave them out")
         elif gpus_per_pod != 1:
-            raise ConfigError(f"k8s_gpus_per_pod={gpus_per_pod} is for k8s_workers, none of which are given")
+            raise ConfigError(f"k8s_gpus_per_pod={gpus_per_pod} is for {RUNNING_WORKERS}; leave it out")
         else:
             self._discovery = LocalProcesses(max_message_bytes, local_gpus, show_output=show_output)
         self._members: dict[str, _Member] = {}
@@ -150,6 +171,8 @@ class KubernetesBackend:
             ]
             with self._changed:
                 self._members = {member.id: member for member in members}
+            if progress:
+                progress(self._discovery.decision(request))
             for member in members:
                 threading.Thread(
                     target=self._bring_up,
@@ -182,7 +205,8 @@ class KubernetesBackend:
                 ready = sum(member.placed.done() for member in members)
                 failure = next((e for m in members if m.placed.done() and (e := m.placed.exception() or m.died)), None)
                 waiting = [f"{member.id} {member.doing}" for member in members if not member.placed.done()]
-                text = f"workers {ready}/{len(members)} ready" + (f"; {', '.join(waiting)}" if waiting else "")
+                parts = [f"workers {ready}/{len(members)} ready", ", ".join(waiting), *self._discovery.remarks()]
+                text = "; ".join(filter(None, parts))
                 remaining = deadline - time.monotonic()
                 if failure is None and waiting and remaining > 0 and text == said:
                     self._changed.wait(remaining)
@@ -198,9 +222,8 @@ class KubernetesBackend:
             if not waiting:
                 return [member.placed.result() for member in members]
             if remaining <= 0:
-                raise PlacementError(
-                    f"{ready} of {len(members)} workers ready within {timeout:g} s; {', '.join(waiting)}"
-                )
+                why = "; ".join([", ".join(waiting), *self._discovery.remarks(final=True)])
+                raise PlacementError(f"{ready} of {len(members)} workers ready within {timeout:g} s; {why}")
 
     def _bring_up(self, member: _Member, request: Placement, deadline: float) -> None:
         """In a thread of its own; ends with a result or an exception in ``member.placed``."""
@@ -237,6 +260,7 @@ class KubernetesBackend:
             transport=self._transport,
             reactor=self._reactor,
             encoder=self._encoder,
+            locate=endpoint.locate,
         )
         with self._changed:
             closed = self._closed
@@ -306,7 +330,7 @@ class KubernetesBackend:
         workers = {}
         for id_, member in self._members.items():
             assert member.session is not None  # a graph is written with workers that have been placed
-            workers[id_] = GraphWorker(member.session, member.endpoint.target, member.endpoint.tls is not None)
+            workers[id_] = GraphWorker(member.session, member.session.address, member.endpoint.tls is not None)
         compiled = compile_graph(graph, next(self._graph_ids), workers, self.wait, timeout)
         with self._changed:
             self._graphs.add(compiled)

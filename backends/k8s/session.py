@@ -23,6 +23,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lightvllm.backends.base import OnReply, complete
 from lightvllm.backends.k8s import wire
+from lightvllm.backends.k8s.discovery import Locate
+from lightvllm.backends.k8s.names import Unresolved
 from lightvllm.backends.k8s.reactor import Reactor
 from lightvllm.backends.k8s.security import Tls, Token
 from lightvllm.config import KubernetesTransport
@@ -38,6 +40,7 @@ _BUSY_SECONDS = 3.0  # how long a worker may go on serving a driver that has jus
 _DIRECT_SECONDS = 5.0  # for a direct connection to be opened; it either can be at once or not at all
 
 _CLOSED = "it closed the session"
+_WRONG_NAME = "Hostname Verification Check failed"  # gRPC's words, which do not say which name
 _PASSING = (  # may be otherwise in a moment: the server is not there yet, is just ending, or has too many at its door
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -53,6 +56,7 @@ class WorkerSession:
         ended: set when the session is over, whoever ended it.
         carrier: what carries the calls, once the worker is initialised: ``"grpc"`` or ``"direct"``.
         why_not_direct: why it is gRPC, if that was left to be seen.
+        address: where the worker is reached, ``"unix:/path"`` or ``"host:port"``; known once it is open.
     """
 
     def __init__(
@@ -67,22 +71,21 @@ class WorkerSession:
         transport: KubernetesTransport = "grpc",
         reactor: Reactor | None = None,
         encoder: wire.CallEncoder | None = None,
+        locate: Locate | None = None,
     ) -> None:
         """Connects to nothing yet.
+
+        With ``locate`` the connection goes to an address that it gives, asked at each attempt; the worker's certificate
+        is for the host of ``target`` all the same.
 
         ``on_break(reason)`` is called once, from a thread, when an open session ends that has not been closed here.
         A ``transport`` other than ``"grpc"`` needs a ``reactor``. Sessions that send the same payloads share an
         ``encoder``.
         """
-        self._who, self._target, self._tls = who, target, tls
-        self._channel = wire.open_channel(target, tls, max_message_bytes)
-        # Made here, while nobody can close the channel: grpc crashes when a method is registered on a closed one.
-        self._check_health = health_pb2_grpc.HealthStub(self._channel).Check
-        self._call_init_worker = wire.stub(self._channel, "InitWorker")
-        self._call_open_direct = wire.stub(self._channel, "OpenDirect")
-        self._open_session = wire.stub(self._channel, "Session")
+        self._who, self._tls, self._locate = who, tls, locate
+        self._server_name = None if locate is None else target.rpartition(":")[0]
         self._metadata = (*token.metadata(), (wire.DRIVER_KEY, uuid.uuid4().hex))
-        self._limit = max_message_bytes
+        self._limit = self._channel_limit = max_message_bytes
         self._on_break = on_break
         self._transport = transport
         self._reactor = reactor
@@ -100,6 +103,10 @@ class WorkerSession:
         self.ended = threading.Event()
         self.carrier: Literal["grpc", "direct"] = "grpc"
         self.why_not_direct = ""
+        self.address = ""
+        self._channel: Any = None
+        if locate is None:
+            self._connect_to(target)
 
     # -------------------------------------------------------------------------------------------- placement
 
@@ -171,9 +178,9 @@ class WorkerSession:
             reply = self._ask(self._call_open_direct, pb.OpenDirectRequest(), limit)
             address = reply.address
             if not address.startswith("unix:"):
-                address = f"{self._target.rpartition(':')[0]}:{address}"
+                address = f"{self.address.rpartition(':')[0]}:{address}"
             tls = None if self._tls is None else self._tls.context(server=False)
-            direct = link.connect(address, reply.ticket, self._limit, limit, tls)
+            direct = link.connect(address, reply.ticket, self._limit, limit, tls, server_name=self._server_name)
         except (OSError, PlacementError) as error:
             self._raise_if_over()
             if self._transport == "direct":
@@ -190,26 +197,62 @@ class WorkerSession:
 
     def _wait_serving(self, deadline: float, say: Callable[[str], None]) -> None:
         pause = _BACK_OFF_SECONDS[0]
-        request = health_pb2.HealthCheckRequest(service=wire.SERVICE)
-        while True:
-            remaining = deadline - time.monotonic()
-            try:
-                status = self._check_health(request, timeout=max(0.05, min(_PROBE_SECONDS, remaining))).status
-                if status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-                why = "is not serving"
-            except grpc.RpcError as error:
-                if error.code() not in _PASSING:
-                    raise self._translated(error) from None
-                why = _details(error)
-            except ValueError:  # the channel was closed
-                self._raise_if_over()
-                raise
+        while why := self._why_not_serving(deadline):
             say(why)
             if time.monotonic() + pause >= deadline:
                 raise PlacementError(f"{self._who}: {why}")
             self._sleep(pause)
             pause = min(2 * pause, _BACK_OFF_SECONDS[1])
+
+    def _why_not_serving(self, deadline: float) -> str:
+        """Nothing if the worker reports SERVING, at the address to which the channel goes from now on."""
+        if self._locate is None:
+            return self._check(deadline)
+        try:
+            addresses = self._locate(_probe_seconds(deadline))
+        except Unresolved as error:
+            self._raise_if_over()
+            return str(error)
+        said = []
+        for address in addresses:
+            self._connect_to(address)
+            why = self._check(deadline)
+            if not why:
+                return ""
+            said.append(f"{address.rpartition(':')[0]}: {why}")
+        return "; ".join(said)
+
+    def _check(self, deadline: float) -> str:
+        """Nothing if what the channel goes to reports SERVING, else why it may be otherwise in a moment."""
+        request = health_pb2.HealthCheckRequest(service=wire.SERVICE)
+        try:
+            status = self._check_health(request, timeout=_probe_seconds(deadline)).status
+        except grpc.RpcError as error:
+            if error.code() not in _PASSING:
+                raise self._translated(error) from None
+            if _WRONG_NAME not in (why := _details(error)):
+                return why
+            return f"its certificate is not for {self._server_name or self.address.rpartition(':')[0]}"
+        except ValueError:  # the channel was closed
+            self._raise_if_over()
+            raise
+        return "" if status == health_pb2.HealthCheckResponse.SERVING else "is not serving"
+
+    def _connect_to(self, address: str) -> None:
+        """Have calls go to ``address`` from now on."""
+        if address == self.address:
+            return
+        with self._lock:
+            self._raise_if_over()
+            channel = wire.open_channel(address, self._tls, self._channel_limit, self._server_name)
+            # Made here, while nobody can close the channel: grpc crashes when a method is registered on a closed one.
+            self._check_health = health_pb2_grpc.HealthStub(channel).Check
+            self._call_init_worker = wire.stub(channel, "InitWorker")
+            self._call_open_direct = wire.stub(channel, "OpenDirect")
+            self._open_session = wire.stub(channel, "Session")
+            former, self._channel, self.address = self._channel, channel, address
+        if former is not None:
+            former.close()
 
     def _take(self) -> Any:
         """Open the session: None, or the gRPC error with which the worker refused."""
@@ -359,12 +402,17 @@ class WorkerSession:
         """End the connection at once, whatever is going on."""
         self.fail(Shutdown("the backend has been shut down"))
         self._messages.put(None)  # ends gRPC's sending thread
-        self._channel.close()
+        if self._channel is not None:  # there will be no other one: the session is over
+            self._channel.close()
         if self._direct is not None and self._reactor is not None:
             self._reactor.remove(self._direct)
             self._direct.close()
         if self._stream is None:
             self.ended.set()
+
+
+def _probe_seconds(deadline: float) -> float:
+    return max(0.05, min(_PROBE_SECONDS, deadline - time.monotonic()))
 
 
 @functools.lru_cache(maxsize=256)

@@ -34,7 +34,7 @@ _FRAME_BYTES = 64 * 2**10  # room for what surrounds a payload
 _CLIENT_KEEPALIVE_MS = (1_000, 2_000)
 _SERVER_KEEPALIVE_MS = (5_000, 10_000)
 
-Options = list[tuple[str, int]]
+Options = list[tuple[str, int | str]]
 
 
 def _client_options(target: str, max_message_bytes: int) -> Options:
@@ -82,9 +82,14 @@ def _message_limits(max_message_bytes: int) -> Options:
     return [("grpc.max_receive_message_length", size), ("grpc.max_send_message_length", size)]
 
 
-def open_channel(target: str, tls: Tls | None, max_message_bytes: int) -> Any:
-    """A channel to ``target`` ("host:port", "unix:/path"): mutual TLS if ``tls`` is given, else plain."""
+def open_channel(target: str, tls: Tls | None, max_message_bytes: int, server_name: str | None = None) -> Any:
+    """A channel to ``target`` ("host:port", "unix:/path"): mutual TLS if ``tls`` is given, else plain.
+
+    ``server_name``: what the server's certificate is for, if that is not the target's host.
+    """
     options = _client_options(target, max_message_bytes)
+    if server_name is not None:
+        options.append(("grpc.ssl_target_name_override", server_name))
     if tls is None:
         return grpc.insecure_channel(target, options)
     cert, key, ca = tls.read()

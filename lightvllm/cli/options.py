@@ -163,11 +163,29 @@ class EngineOptions:
             rich_help_panel=_K8S,
         ),
     ] = None
+    k8s_service: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[.NAMESPACE][:PORT]",
+            help="The headless Service of a StatefulSet whose pods run 'lightvllm worker'; found by DNS.",
+            rich_help_panel=_K8S,
+        ),
+    ] = None
+    k8s_pod_prefix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="That StatefulSet's name.",
+            show_default="the Service's without -headless",
+            rich_help_panel=_K8S,
+        ),
+    ] = None
     k8s_gpus_per_pod: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Workers behind each of those addresses, at consecutive ports ('lightvllm worker --workers').",
+            help="Workers behind each of those addresses, or in each pod, at consecutive ports ('lightvllm worker "
+            "--workers').",
             rich_help_panel=_K8S,
         ),
     ] = 1

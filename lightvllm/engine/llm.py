@@ -50,8 +50,9 @@ class LLM:
         device, threads, attention_backend, kernels, gpu_memory_utilization: see ``DeviceConfig``.
         seed: of the random numbers of requests that bring no seed of their own.
         return_logits: have the workers send each step's logits, for ``on_step``.
-        ray_address, k8s_workers, k8s_gpus_per_pod, k8s_token_file, k8s_tls_cert, k8s_tls_key, k8s_tls_ca,
-            k8s_transport, strategy, start_timeout, rpc_timeout, step_timeout, env: see ``ExecutorConfig``.
+        ray_address, k8s_workers, k8s_service, k8s_pod_prefix, k8s_gpus_per_pod, k8s_token_file, k8s_tls_cert,
+            k8s_tls_key, k8s_tls_ca, k8s_transport, strategy, start_timeout, rpc_timeout, step_timeout, env: see
+            ``ExecutorConfig``.
         progress: told in a few words what start-up is waiting for.
         on_step: see ``LLMEngine``.
 
@@ -89,6 +90,8 @@ class LLM:
         return_logits: bool = False,
         ray_address: str | None = None,
         k8s_workers: Sequence[str] = (),
+        k8s_service: str | None = None,
+        k8s_pod_prefix: str | None = None,
         k8s_gpus_per_pod: int = 1,
         k8s_token_file: str | None = None,
         k8s_tls_cert: str | None = None,

@@ -72,6 +72,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     return_logits: bool = False
     ray_address: str | None = None
     k8s_workers: Sequence[str] = ()
+    k8s_service: str | None = None
+    k8s_pod_prefix: str | None = None
     k8s_gpus_per_pod: int = 1
     k8s_token_file: str | None = None
     k8s_tls_cert: str | None = None
@@ -144,6 +146,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
             name=self.executor,
             ray_address=self.ray_address,
             k8s_workers=tuple(self.k8s_workers),
+            k8s_service=self.k8s_service,
+            k8s_pod_prefix=self.k8s_pod_prefix,
             k8s_gpus_per_pod=self.k8s_gpus_per_pod,
             k8s_token_file=self.k8s_token_file,
             k8s_tls_cert=self.k8s_tls_cert,

@@ -190,8 +190,11 @@ def connect(
     timeout: float,
     tls: ssl.SSLContext | None = None,
     spin: float = SPIN_SECONDS,
+    server_name: str | None = None,
 ) -> FrameSocket:
     """Connect to a TicketListener at ``"unix:/path"`` or ``"host:port"``.
+
+    ``server_name``: what its certificate is for, if that is not the host.
 
     Raises OSError (TimeoutError among it) if it cannot be reached, AuthError if what answers did not make the ticket.
     """
@@ -207,7 +210,7 @@ def connect(
         if address.startswith("unix:"):
             sock.connect(address.removeprefix("unix:"))
         elif tls is not None:
-            sock = tls.wrap_socket(sock, server_hostname=host)
+            sock = tls.wrap_socket(sock, server_hostname=server_name or host)
         sock.sendall(_MAGIC + ticket)
         proof = _exactly(sock, len(_proof(ticket)), deadline)
         if not hmac.compare_digest(proof, _proof(ticket)):

@@ -31,7 +31,7 @@ from lightvllm.adapters.vllm import environment, versions
 from lightvllm.adapters.vllm.devices import shared_devices
 from lightvllm.adapters.vllm.futures import Aggregated, fail_with
 from lightvllm.adapters.vllm.meeting import check_meeting
-from lightvllm.adapters.vllm.settings import AdapterSettings, load_settings, workers_of_engine
+from lightvllm.adapters.vllm.settings import AdapterSettings, first_pod_of_engine, load_settings, workers_of_engine
 from lightvllm.adapters.vllm.worker import WorkerStart
 from lightvllm.backends.base import Backend, Placement, WorkerRef
 from lightvllm.config import ParallelConfig
@@ -47,8 +47,7 @@ HEALTH_TIMEOUT = 10.0
 MAX_MESSAGE_BYTES = 2**36
 """For calls and replies, images in a step and weights in a call among them: vLLM's own executors have no limit. Servers
 that were started with ``lightvllm worker`` have one of their own, which counts then."""
-CLOSE_TIMEOUT = 5.0
-"""Seconds that workers which still answer get to give back their process groups and shared memory."""
+STEPS = frozenset(("execute_model", "sample_tokens"))
 
 
 _NONE: Future[None] = Future()
@@ -132,6 +131,8 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
             world_size=self.parallel_config.world_size,
             worker_class=WORKER_CLASS,
             gpus_per_worker=int(deals_gpus),
+            # A bundle of vLLM's own Ray executors holds a GPU and no CPU, and clusters are made for that.
+            cpus_per_worker=int(not deals_gpus),
             strategy=settings.strategy,
             env={}
             if self._is_local
@@ -215,8 +216,9 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         kwargs: dict[str, Any],
         reply_rank: int | None,
     ) -> Future[Any]:
-        if callable(method):
-            name = getattr(method, "__name__", type(method).__name__)
+        if method not in STEPS:
+            # Their arguments may be a user's own: a lambda for apply_model, weights.
+            name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
             return self.executor.begin_rpc("run", (method, args, kwargs, reply_rank), timeout, reply_rank, name)
         # vLLM's own objects need nothing that cloudpickle adds, and pickle takes a third of the time.
         call = pickle.dumps((method, args, kwargs), pickle.HIGHEST_PROTOCOL)
@@ -312,7 +314,7 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
 
     def _close_workers(self, executor: DistributedExecutor) -> None:
         try:
-            executor.collective_rpc("close", CLOSE_TIMEOUT)
+            executor.collective_rpc("close", vllm.envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS)
         except LightvllmError as error:
             logger.warning("a worker did not close in an orderly way and is ended: %s", error)
 
@@ -361,7 +363,7 @@ class KubernetesExecutor(_BackendExecutor):
             ),
             service=settings.k8s_service,
             pod_prefix=settings.k8s_pod_prefix,
-            first_pod=parallel.data_parallel_index * parallel.world_size // settings.k8s_gpus_per_pod,
+            first_pod=first_pod_of_engine(parallel.world_size, parallel.data_parallel_index, settings.k8s_gpus_per_pod),
             gpus_per_pod=settings.k8s_gpus_per_pod,
             token_file=settings.k8s_token_file,
             tls_cert=settings.k8s_tls_cert,

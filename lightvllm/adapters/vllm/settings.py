@@ -17,7 +17,7 @@ from typing import Any, Literal, get_type_hints
 import msgspec
 
 from lightvllm.backends.base import Strategy
-from lightvllm.config import ExecutorConfig, KubernetesTransport
+from lightvllm.config import RUNNING_WORKERS, ExecutorConfig, KubernetesTransport
 from lightvllm.errors import ConfigError
 
 Executor = Literal["k8s", "ray"]
@@ -43,9 +43,12 @@ class AdapterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Our executors' settings. Times are seconds. Raises ConfigError for a value that makes no sense.
 
     Attributes:
-        k8s_workers: addresses of ``lightvllm worker`` servers, ``"host:port"``, in the order of ranks; empty starts
-            worker processes on this machine.
-        k8s_gpus_per_pod: workers behind each of those addresses, at as many consecutive ports.
+        k8s_workers: addresses of ``lightvllm worker`` servers, ``"host:port"``, in the order of ranks. Neither these
+            nor ``k8s_service``: worker processes are started on this machine.
+        k8s_service: the headless Service of a StatefulSet whose pods run ``lightvllm worker``, found by DNS:
+            ``NAME[.NAMESPACE[.svc[.DOMAIN]]][:PORT]``. Ranks go by a pod's index.
+        k8s_pod_prefix: the StatefulSet's name; None takes the Service's without ``-headless``.
+        k8s_gpus_per_pod: workers behind each of those addresses, or in each pod, at as many consecutive ports.
         k8s_token_file: file with the token that those servers were started with.
         k8s_tls_cert, k8s_tls_key, k8s_tls_ca: PEM files for mutual TLS with them: the driver's certificate, its key,
             and the CA that signed the servers'. Needed for addresses that are not loopback.
@@ -62,6 +65,8 @@ class AdapterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     k8s_workers: tuple[str, ...] = ()
+    k8s_service: str | None = None
+    k8s_pod_prefix: str | None = None
     k8s_gpus_per_pod: int = 1
     k8s_token_file: str | None = None
     k8s_tls_cert: str | None = None
@@ -89,7 +94,7 @@ class AdapterSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"shutdown_timeout={self.shutdown_timeout}; use a positive number of seconds")
         if self.k8s_gpus_per_pod < 1:
             raise ConfigError(f"k8s_gpus_per_pod={self.k8s_gpus_per_pod}; use 1 or more")
-        for name in ("k8s_token_file", "k8s_tls_cert", "k8s_tls_key", "k8s_tls_ca", "ray_address"):
+        for name in ("k8s_service", "k8s_pod_prefix", *_FOR_WORKERS[1:], "ray_address"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name} is empty; leave it out, or use {_EXPECTED[name]}")
         if "" in self.k8s_workers:
@@ -116,6 +121,8 @@ _PATTERNS = "variables' names or PREFIX*"
 _FILE = "a file's path"
 _EXPECTED = {
     "k8s_workers": "addresses 'host:port'",
+    "k8s_service": "a Service's name",
+    "k8s_pod_prefix": "a StatefulSet's name",
     "k8s_gpus_per_pod": "a whole number from 1",
     "k8s_token_file": _FILE,
     "k8s_tls_cert": _FILE,
@@ -157,8 +164,8 @@ def load_settings(
         executor: whose settings they are; those of the other one are refused. None takes them all, to show them.
 
     Raises:
-        ConfigError: an unknown key, a wrong type or value, the other executor's setting, or one that needs
-            ``k8s_workers`` without them; names where it stands.
+        ConfigError: an unknown key, a wrong type or value, the other executor's setting, one that needs
+            ``k8s_workers`` or ``k8s_service`` without them, or both of these; names where it stands.
     """
     variables = {
         field: (variable, environ[variable])
@@ -176,11 +183,16 @@ def load_settings(
         values[field] = _read(field, source, value)
     _warn_of_near_misses(environ)
     settings = AdapterSettings(**values)
+    if settings.k8s_workers and settings.k8s_service is not None:
+        raise ConfigError(f"{given['k8s_workers'][0]} and {given['k8s_service'][0]} are both given; keep one")
+    if settings.k8s_pod_prefix is not None and settings.k8s_service is None:
+        raise ConfigError(f"{given['k8s_pod_prefix'][0]} is for k8s_service, which is not given; leave it out")
     for field in _FOR_WORKERS:
-        if not settings.k8s_workers and getattr(settings, field) != getattr(AdapterSettings(), field):
+        running = settings.k8s_workers or settings.k8s_service is not None
+        if not running and getattr(settings, field) != getattr(AdapterSettings(), field):
             raise ConfigError(
-                f"{given[field][0]} is for k8s_workers, none of which are given; name them in "
-                f"{variable_of('k8s_workers')}, or leave it out"
+                f"{given[field][0]} is for {RUNNING_WORKERS}; name the workers in {variable_of('k8s_workers')} or "
+                f"{variable_of('k8s_service')}, or leave it out"
             )
     return settings
 
@@ -293,6 +305,12 @@ def workers_of_engine(
         )
     addresses = -(-world_size // gpus_per_pod)
     return workers[index * addresses : (index + 1) * addresses]
+
+
+def first_pod_of_engine(world_size: int, dp_rank: int, gpus_per_pod: int) -> int:
+    """With ``k8s_service``: the index of the first pod of a data-parallel engine; its pods follow those of the engine
+    before. A ``world_size`` that does not fill its pods is refused by the backend."""
+    return dp_rank * world_size // gpus_per_pod
 
 
 def _wrong_count(
