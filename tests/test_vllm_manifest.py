@@ -13,6 +13,7 @@ from typer.main import get_command
 
 import lightvllm.adapters.vllm as adapters
 from lightvllm.adapters.vllm.settings import load_settings
+from lightvllm.backends.k8s.names import PORT_NAME, ServiceName
 from lightvllm.cli.main import app
 
 SAMPLE = Path(__file__).parent.parent / "manifests/samples/vllm.yaml"
@@ -45,7 +46,6 @@ def test_its_workers_are_as_many_as_the_layout_needs(objects: dict[tuple[str, st
     environ = {each["name"]: each["value"] for each in container["env"] if "value" in each}
     settings = load_settings(None, environ, "k8s")
     spec = objects["StatefulSet", "llm"]["spec"]
-    assert len(settings.k8s_workers) == spec["replicas"]
     assert settings.k8s_gpus_per_pod == number["workers"] == container["resources"]["limits"]["nvidia.com/gpu"]
     world = number["tensor-parallel-size"] * number["pipeline-parallel-size"]
     assert spec["replicas"] * settings.k8s_gpus_per_pod == world
@@ -56,7 +56,12 @@ def test_its_names_lead_to_each_other(objects: dict[tuple[str, str], Any], conta
     service = objects["Service", spec["serviceName"]]
     pods = [f"llm-{index}.{spec['serviceName']}" for index in range(spec["replicas"])]
     environ = {each["name"]: each["value"] for each in container["env"] if "value" in each}
-    assert environ["LIGHTVLLM_K8S_WORKERS"] == ",".join(f"{pod}:{service['spec']['ports'][0]['port']}" for pod in pods)
+    named = ServiceName.parse(environ["LIGHTVLLM_K8S_SERVICE"])
+    (port,) = service["spec"]["ports"]
+    assert (named.text, named.port) == (spec["serviceName"], port["port"])
+    assert port["name"] == PORT_NAME, "what the SRV records are found by"
+    assert named.default_pod_prefix == "llm"
+    assert service["spec"]["publishNotReadyAddresses"] is True
     text = SAMPLE.read_text()
     assert f"--workers {'+'.join(pods)}\n" in text
     mounted = {volume["name"]: volume["secret"]["secretName"] for volume in spec["template"]["spec"]["volumes"][:2]}
