@@ -216,8 +216,8 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         kwargs: dict[str, Any],
         reply_rank: int | None,
     ) -> Future[Any]:
-        if method not in STEPS:
-            # Their arguments may be a user's own: a lambda for apply_model, weights.
+        if not (isinstance(method, str) and method in STEPS) or any(map(_brings_tensors, args)):
+            # The arguments may be a user's own, too: a lambda for apply_model, weights.
             name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
             return self.executor.begin_rpc("run", (method, args, kwargs, reply_rank), timeout, reply_rank, name)
         # vLLM's own objects need nothing that cloudpickle adds, and pickle takes a third of the time.
@@ -317,6 +317,13 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
             executor.collective_rpc("close", vllm.envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS)
         except LightvllmError as error:
             logger.warning("a worker did not close in an orderly way and is ended: %s", error)
+
+
+def _brings_tensors(step: Any) -> bool:
+    """Whether images or the like come with a step. By plain pickle torch sends them as files, which takes many times
+    as long."""
+    new = getattr(step, "scheduled_new_reqs", ())
+    return any(request.mm_features or request.prompt_embeds is not None for request in new)
 
 
 def _is_plain(config: Any) -> bool:
