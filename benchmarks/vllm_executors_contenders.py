@@ -17,7 +17,7 @@ from serve_load import Stream, Work
 from vllm_executors_report import REFERENCE
 
 _CHILD = Path(__file__).with_name("vllm_executors_child.py")
-_LOG_LINES = 15
+_LOG_LINES = 40
 _RAY_V1 = {
     "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "0",
     "VLLM_USE_RAY_COMPILED_DAG_CHANNEL_TYPE": "shm",
