@@ -69,7 +69,7 @@ def answers(started: Engine, grammar: bool = True) -> dict[str, Any]:
         "chat": started.ask("chat", messages=MESSAGES, **CHAT),
     }
     if grammar:
-        told["choice"] = started.ask("generate", prompts=PROMPTS[:1], choice=CITIES, temperature=0.0, max_tokens=4)
+        told["choice"] = started.ask("generate", prompts=PROMPTS[:1], choice=CITIES, temperature=0.0, max_tokens=8)
     return told
 
 
