@@ -162,6 +162,21 @@ def test_a_restarted_pod_is_found_again_by_the_next_driver(cluster: Cluster) -> 
     assert ask(second, ref, "pid") == restarted.server_pid()
 
 
+def test_a_pod_that_is_taken_is_waited_for(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a server that is named by its address: its driver may have gone with its node."""
+    monkeypatch.setattr("lightvllm.backends.k8s.session._BUSY_SECONDS", 0.0)
+    cluster.start("llm-0", "127.0.0.2").address()
+    cluster.name("llm-0", "127.0.0.2")
+    one = Placement(world_size=1, worker_class=WORKER)
+    first, second = cluster.backend(), cluster.backend()
+    first.place(one, ignore, LIMIT)
+    progress = Progress()
+    progress.when("another driver", first.shutdown)
+    (ref,) = second.place(one, ignore, LIMIT, progress)
+    progress.check()
+    assert ask(second, ref, "echo", 1) == 1
+
+
 def test_several_workers_in_each_pod(cluster: Cluster) -> None:
     servers = {}
     for index in range(2):

@@ -37,6 +37,9 @@ from lightvllm.transfer.frames import Frame, FrameSocket
 _PROBE_SECONDS = 2.0  # for one health check
 _BACK_OFF_SECONDS = (0.1, 1.0)  # between two of them: first, most
 _BUSY_SECONDS = 3.0  # how long a worker may go on serving a driver that has just gone
+# The same behind a name: the driver may have gone with its node, which the worker notices later; and until the name
+# server has a new answer, the name may lead to what is another pod by now.
+_BUSY_POD_SECONDS = 30.0
 _DIRECT_SECONDS = 5.0  # for a direct connection to be opened; it either can be at once or not at all
 
 _CLOSED = "it closed the session"
@@ -116,7 +119,9 @@ class WorkerSession:
         A worker that serves another driver is given a moment, in which it may learn that the other has gone.
         Raises AuthError, PlacementError (time is up, it serves another driver), or what the session was failed with.
         """
-        busy_until = min(deadline, time.monotonic() + _BUSY_SECONDS)
+        patience = _BUSY_SECONDS if self._locate is None else _BUSY_POD_SECONDS
+        busy_until = min(deadline, time.monotonic() + patience)
+        pause = _BACK_OFF_SECONDS[0]
         while True:
             self._wait_serving(deadline, say)
             refusal = self._take()
@@ -129,7 +134,9 @@ class WorkerSession:
             if time.monotonic() >= (busy_until if busy else deadline):
                 raise PlacementError(f"{self._who}: {why}")
             say(why)
-            self._sleep(_BACK_OFF_SECONDS[0])
+            self._sleep(pause)
+            if self._locate is not None:  # each attempt asks name servers
+                pause = min(2 * pause, _BACK_OFF_SECONDS[1])
         if self._transport == "grpc":
             self._watch()
 
