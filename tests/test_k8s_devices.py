@@ -24,6 +24,15 @@ def test_else_the_device_files_count(tmp_path: Path) -> None:
     assert visible_gpus({}, str(tmp_path)) == ["2", "10"]
 
 
+def test_amds_are_render_nodes_beside_rocms_own_device(tmp_path: Path) -> None:
+    (tmp_path / "dri").mkdir()
+    for name in ("card0", "card1", "renderD129", "renderD128", "by-path"):
+        (tmp_path / "dri" / name).touch()
+    assert visible_gpus({}, str(tmp_path)) == []  # graphics alone
+    (tmp_path / "kfd").touch()
+    assert visible_gpus({}, str(tmp_path)) == ["0", "1"]
+
+
 def test_local_workers_are_dealt_what_cuda_knows_by_that_number(tmp_path: Path) -> None:
     for name in ("nvidia6", "nvidia7", "nvidiactl"):  # a container with the last two of a host's eight
         (tmp_path / name).touch()

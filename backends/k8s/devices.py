@@ -9,17 +9,26 @@ from collections.abc import Mapping, Sequence
 from lightvllm.errors import ConfigError, PlacementError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+_FIRST_RENDER_NODE = 128  # as Linux numbers them
 _ID = r"\d+|(GPU|MIG)-[\w/-]+"
 
 
 def visible_gpus(env: Mapping[str, str] | None = None, device_folder: str = "/dev") -> list[str]:
     """Ids of the GPUs that a process with this environment (the caller's, if None) sees: CUDA_VISIBLE_DEVICES if it is
-    set, else the indices of the NVIDIA device files."""
+    set, else the indices of NVIDIA's device files, or of the render nodes beside that of ROCm."""
     declared = (os.environ if env is None else env).get(VISIBLE)
     if declared is not None:
         return [entry.strip() for entry in declared.split(",") if entry.strip() not in ("", "-1")]
-    found = (re.fullmatch(r"nvidia(\d+)", name) for name in os.listdir(device_folder))
-    return sorted((match[1] for match in found if match), key=int)
+    if nvidia := _numbers(r"nvidia(\d+)", device_folder):
+        return [str(number) for number in nvidia]
+    if os.path.exists(f"{device_folder}/kfd") and os.path.isdir(f"{device_folder}/dri"):
+        return [str(number - _FIRST_RENDER_NODE) for number in _numbers(r"renderD(\d+)", f"{device_folder}/dri")]
+    return []
+
+
+def _numbers(pattern: str, folder: str) -> list[int]:
+    found = (re.fullmatch(pattern, name) for name in os.listdir(folder))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def own_gpus(env: Mapping[str, str], device_folder: str = "/dev") -> list[str]:

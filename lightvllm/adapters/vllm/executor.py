@@ -157,7 +157,9 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
             env = _openmp(self.vllm_config, len(ranks))
         elif current_platform.is_cuda_alike():
             devices, visible = shared_devices(executor.workers, dealt=self._backend_name == "ray")
-            env = [{} if seen is None else {"CUDA_VISIBLE_DEVICES": seen} for seen in visible]
+            # On ROCm vLLM wants the two to be the same, and Ray sets the second.
+            variables = ("CUDA_VISIBLE_DEVICES", *(("HIP_VISIBLE_DEVICES",) * current_platform.is_rocm()))
+            env = [{} if seen is None else dict.fromkeys(variables, seen) for seen in visible]
         executor.scatter_rpc("prepare", {rank: [env[rank]] for rank in ranks})
 
         (meeting,) = executor.scatter_rpc("open_meeting", {0: [one_node, len(ranks)]})
