@@ -6,6 +6,7 @@ The object is an ``LLMInference`` (``lightvllm.io/v1``). Each of its replicas is
 leader, serves HTTP. Of such a pod:
 
 * label ``lightvllm.io/llminference``: the name of its LLMInference, which is in the same namespace;
+* label ``lightvllm.io/group``: which replica it is a pod of, from 0;
 * label ``lightvllm.io/role``: ``leader``, or ``worker`` for the others of the group;
 * the container port named ``http`` is where the API is served;
 * the condition ``Ready`` says whether it may be sent requests.
@@ -17,8 +18,12 @@ PLURAL = "llminferences"
 KIND = "LLMInference"
 
 INFERENCE_LABEL = f"{GROUP}/llminference"
+GROUP_LABEL = f"{GROUP}/group"
 ROLE_LABEL = f"{GROUP}/role"
 LEADER, WORKER = "leader", "worker"
+
+POD_INDEX_LABEL = "apps.kubernetes.io/pod-index"
+"""Kubernetes' own, on each pod of a StatefulSet; the leader's is 0."""
 
 HTTP_PORT_NAME = "http"
 HTTP_PORT = 8000

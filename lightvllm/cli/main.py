@@ -21,7 +21,20 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from lightvllm.cli import certs, doctor, generate, kernels, models, parity, router, run_batch, serve, vllm, worker
+from lightvllm.cli import (
+    certs,
+    doctor,
+    generate,
+    kernels,
+    manifest,
+    models,
+    parity,
+    router,
+    run_batch,
+    serve,
+    vllm,
+    worker,
+)
 from lightvllm.errors import LightvllmError, WorkerError
 from lightvllm.version import __version__
 
@@ -73,6 +86,7 @@ app.command("run-batch")(run_batch.run_batch)
 app.command("parity")(parity.parity)
 app.command("worker")(worker.worker)
 app.command("certs")(certs.certs)
+app.command("manifest")(manifest.manifest)
 app.command("doctor")(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(kernels.app, name="kernels")

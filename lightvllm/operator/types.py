@@ -36,6 +36,7 @@ OWN_VOLUMES = "lightvllm-"
 _NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 _OBJECT_NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
 _FOLDER = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*"
+_LABEL_VALUE = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 _PATH = r"^/[^:]*$"
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 
@@ -206,7 +207,8 @@ class Engine(Model):
     args: list[Text] = Field(default=[], max_length=256)
     """Further arguments: of lightvllm serve, vllm serve, sglang.launch_server, or of the custom command."""
     readiness_probe: FreeForm | None = None
-    """For custom only: a readiness probe of Kubernetes' own for every pod; without it a pod is ready when it runs."""
+    """For custom only: a readiness probe of Kubernetes' own for every pod; without it a pod is ready when it runs. The
+    API is expected at port 8000, which is called http."""
 
     rules = (
         Rule(
@@ -330,15 +332,15 @@ class Topology(Model):
     """Where the pods of a group, and the groups, come to lie."""
 
     stages: Literal["Spread", "Any"] = "Spread"
-    """Spread: pods that hold whole pipeline stages prefer different nodes. Any: they have no preference. Pods that
-    hold a share of a stage are kept together instead: on one node if there is one stage (required), near each other if
-    there are more (preferred)."""
+    """Spread: pods that hold whole pipeline stages prefer different nodes; pods that hold a share of a stage are kept
+    on one node instead, which is required if there is one stage, and preferred if there are more. Any: wherever there
+    is room."""
     node_key: Text = "kubernetes.io/hostname"
     """The node label that tells nodes apart."""
     group_key: Text | None = None
     """A node label whose value all pods of a group must share, such as a rack's or a fast network's."""
     replicas_key: Text | None = None
-    """A node label over whose values the groups are spread where possible, such as topology.kubernetes.io/zone."""
+    """A node label of which groups prefer different values, such as topology.kubernetes.io/zone."""
 
 
 class Network(Model):
@@ -348,13 +350,12 @@ class Network(Model):
     """Annotations of the pods for a secondary network, such as k8s.v1.cni.cncf.io/networks for RoCE or SR-IOV."""
     nccl: dict[str, Annotated[str, StringConstraints(max_length=256)]] = Field(default={}, max_length=64)
     """NCCL's variables: NCCL_IB_GID_INDEX, NCCL_SOCKET_IFNAME, NCCL_IB_TC and others that begin with NCCL_."""
-    rdma: bool = False
-    """Let the container lock memory (the capability IPC_LOCK), which RDMA needs."""
     host_ipc: bool = Field(default=False, alias="hostIPC")
-    """Share the node's IPC namespace, so that NCCL's shared memory crosses pods of one node. Only if pods of a stage
-    share a node: everything else in that namespace can be reached, too."""
+    """Share the node's IPC namespace and /dev/shm, so that NCCL's shared memory crosses pods of one node. Only for pods
+    that hold a share of a stage: everything else in that namespace can be reached, too."""
     shm_size: Size = "8Gi"
-    """Most bytes of /dev/shm, which is memory and counts as the pod's."""
+    """Most bytes of /dev/shm, which is memory and counts as the pod's. With hostIPC it is the node's, and this says
+    nothing."""
     clients: list[FreeForm] = Field(default=[], max_length=32)
     """Who may reach the leader's API: peers as in a NetworkPolicy's from. Empty: everybody."""
     policy: bool = True
@@ -477,7 +478,7 @@ class Spec(Model):
     """LeaderFirst: the other pods wait until the leader's name resolves. Parallel: nobody waits. The leader never waits
     for the others to be ready. The wait is an init container that needs sh and getent in the image."""
     start_timeout_seconds: int = Field(default=1800, ge=10, le=86400)
-    """Seconds that a group may take to load the model, before its pods are started again."""
+    """Seconds that a group may take to load the model, before its pods are started again. Not for custom."""
     topology: Topology = Topology()
     """Where the pods come to lie."""
     network: Network = Network()
@@ -485,9 +486,9 @@ class Spec(Model):
     autoscaling: Autoscaling | None = None
     """Replicas by demand; without it there are as many as replicas says."""
     tls: Tls | None = None
-    """TLS of the API; without it the API is plain HTTP."""
+    """TLS of the API; without it the API is plain HTTP. A custom engine finds the files at /tls."""
     api_key: SecretKey | None = None
-    """A Secret's entry with the key that requests must bring."""
+    """A Secret's entry with the key that requests must bring. A custom engine finds it in API_KEY."""
     allow_unauthenticated: bool = False
     """Serve without apiKey everybody whom the network lets through."""
     drain: Drain = Drain()
@@ -495,7 +496,8 @@ class Spec(Model):
     suspend: bool = False
     """End all pods, and start them again when it is false; all else stays."""
     monitoring: Monitoring | None = None
-    """A ServiceMonitor; without it none is made."""
+    """A ServiceMonitor; without it none is made. With tls, Prometheus trusts the entry ca.crt of its Secret, and the
+    certificate must be for NAME.NAMESPACE.svc."""
 
     rules = (
         Rule(
@@ -520,6 +522,17 @@ class Spec(Model):
             "!has(self.autoscaling) || self.replicas <= self.autoscaling.maxReplicas",
             "replicas is above autoscaling.maxReplicas; lower it or raise the other",
             lambda self: self.autoscaling is None or self.replicas <= self.autoscaling.max_replicas,
+        ),
+        Rule(
+            "!has(self.autoscaling) || self.autoscaling.kind == 'KEDA' || "
+            f"(has(self.servedModelName) ? self.servedModelName : self.model).matches('^{_LABEL_VALUE}$')",
+            "an HPA finds its metric by a label with the model's name, which takes up to 63 letters, digits and any of "
+            "_.-; give a servedModelName",
+            lambda self: (
+                self.autoscaling is None
+                or self.autoscaling.kind == "KEDA"
+                or re.fullmatch(_LABEL_VALUE, self.served_model_name or self.model) is not None
+            ),
         ),
         Rule(
             "self.engine.name != 'lightvllm' || !has(self.blockSize)",
