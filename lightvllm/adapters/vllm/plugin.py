@@ -18,18 +18,23 @@ _MARK = "_lightvllm_resolves_executors"
 
 def register() -> None:
     """Called by vLLM in each of its processes, perhaps more than once."""
-    from vllm.engine.arg_utils import EngineArgs
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+    except ImportError:  # another vLLM, which must not end because this package is installed beside it
+        return
 
     check = getattr(EngineArgs, "_check_feature_supported", None)
     if check is not None and not hasattr(check, _MARK):  # a vLLM without that check needs no help
         EngineArgs._check_feature_supported = _resolving(check)
 
 
-def _resolving(check: Callable[[Any], None]) -> Callable[[Any], None]:
+def _resolving(check: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(check)
-    def check_feature_supported(engine_args: Any) -> None:
-        engine_args.distributed_executor_backend = resolve(engine_args.distributed_executor_backend)
-        check(engine_args)
+    def check_feature_supported(engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+        backend = getattr(engine_args, "distributed_executor_backend", None)
+        if (resolved := resolve(backend)) is not backend:
+            engine_args.distributed_executor_backend = resolved
+        return check(engine_args, *args, **kwargs)
 
     setattr(check_feature_supported, _MARK, True)
     return check_feature_supported
