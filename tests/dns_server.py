@@ -41,7 +41,7 @@ class DnsServer:
 
     def set(self, name: str, kind: str, *values: str) -> None:
         """The records of this name and type are these; with none, the name is known all the same."""
-        self._records[name, kind] = list(values)
+        self._records = {**self._records, (name, kind): list(values)}  # anew: the threads may be reading the old one
 
     def remove(self, name: str) -> None:
         """There is no such name from now on."""
@@ -63,7 +63,8 @@ class DnsServer:
         if self.silent:
             return None
         response = dns.message.make_response(query)
-        records, known = self._records.get((name, kind)), {each for each, _ in self._records}
+        now = self._records
+        records, known = now.get((name, kind)), {each for each, _ in now}
         if self.rcode != dns.rcode.NOERROR:
             response.set_rcode(self.rcode)
         elif self.truncate and protocol == "udp":
@@ -83,7 +84,8 @@ class DnsServer:
             if not wire:  # from close()
                 return
             if answer := self._answer(wire, "udp"):
-                self._udp.sendto(answer, client)
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    self._udp.sendto(answer, client)
 
     def _serve_tcp(self) -> None:
         while True:
@@ -91,7 +93,7 @@ class DnsServer:
                 connection, _ = self._tcp.accept()
             except OSError:  # closed
                 return
-            with connection, connection.makefile("rwb") as stream:
+            with contextlib.suppress(ConnectionError), connection, connection.makefile("rwb") as stream:
                 if len(head := stream.read(2)) < 2:
                     continue
                 if answer := self._answer(stream.read(struct.unpack("!H", head)[0]), "tcp"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,10 @@ from lightvllm.backends.k8s import names
 from lightvllm.backends.k8s.backend import KubernetesBackend
 from lightvllm.certs import Authority, write_files
 from lightvllm.cli.main import main
+from lightvllm.config import ParallelConfig
 from lightvllm.errors import ConfigError, PlacementError
+from lightvllm.executors.distributed import DistributedExecutor
+from lightvllm.executors.graph import InputNode
 from lightvllm.messages import decode_reply, encode_call
 
 FULL = "llm-headless.prod.svc.cluster.local"
@@ -195,6 +200,42 @@ def test_several_workers_in_each_pod(cluster: Cluster) -> None:
         assert {server.server_pid(1), server.server_pid(2)} == set(pids[2 * index : 2 * index + 2])
 
 
+def test_a_graph_links_the_pods_to_each_other(cluster: Cluster) -> None:
+    """By the addresses that the driver has found: the pods need not look up each other's names."""
+    for index in range(2):
+        cluster.start(f"llm-{index}", f"127.0.0.{index + 2}")
+        cluster.name(f"llm-{index}", f"127.0.0.{index + 2}")
+    executor = DistributedExecutor(
+        cluster.backend(), TWO, ParallelConfig(tensor_parallel_size=2), start_timeout=LIMIT, rpc_timeout=LIMIT
+    )
+    try:
+        one, two = executor.handles
+        with InputNode() as value:
+            node = one.echo.bind(two.echo.bind(value))
+        graph = node.experimental_compile()
+        assert [graph.execute(number).get(LIMIT) for number in range(3)] == [0, 1, 2]
+    finally:
+        executor.shutdown()
+
+
+def test_a_pod_that_dies_is_named(cluster: Cluster) -> None:
+    server = cluster.start("llm-0", "127.0.0.2")
+    cluster.name("llm-0", "127.0.0.2")
+    died: list[tuple[str, str]] = []
+    noticed = threading.Event()
+
+    def on_failure(worker: WorkerRef, error: Exception) -> None:
+        died.append((worker.id, str(error)))
+        noticed.set()
+
+    cluster.backend().place(Placement(world_size=1, worker_class=WORKER), on_failure, LIMIT)
+    os.kill(server.server_pid(), signal.SIGKILL)
+    assert noticed.wait(LIMIT)
+    ((worker, said),) = died
+    assert worker == "llm-0"
+    assert "llm-0" in said
+
+
 def test_another_group_uses_the_pods_that_follow(cluster: Cluster) -> None:
     """As vLLM's data-parallel engines do."""
     cluster.start("llm-3", "127.0.0.5")
@@ -335,15 +376,15 @@ def test_parity_with_local_processes(
 ) -> None:
     """``lightvllm parity`` gives the same digest with workers found by DNS as with processes of its own."""
     for index in range(2):
-        cluster.start(f"llm-{index}", f"127.0.0.{index + 2}")
-        cluster.name(f"llm-{index}", f"127.0.0.{index + 2}")
+        cluster.start(f"big-{index}", f"127.0.0.{index + 2}")
+        cluster.name(f"big-{index}", f"127.0.0.{index + 2}")
     monkeypatch.setattr(names, "system_resolver", lambda: cluster.dns.resolver(*SEARCH))
     (tmp_path / "prompts.txt").write_text("The quick brown\nParis is\n")
     model = str(tiny_llama.build(tmp_path / "model"))
     command = ["parity", model, "--executors", "k8s", "--layouts", "1x2,2x1", "--reference", "none"]
     command += ["--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "8", "--threads", "1"]
     by_dns = [f"--k8s-{name.replace('_', '-')}={path}" for name, path in cluster.driver.items()]
-    by_dns += [f"--k8s-service=llm-headless:{cluster.port}"]
+    by_dns += [f"--k8s-service=llm-headless:{cluster.port}", "--k8s-pod-prefix=big"]
     digests = []
     for name, options in (("local", []), ("dns", by_dns)):
         report = tmp_path / f"{name}.json"
@@ -351,7 +392,7 @@ def test_parity_with_local_processes(
         digests.append([run["digest"] for run in json.loads(report.read_text())["runs"]])
     assert len(digests[0]) == 2
     assert digests[0] == digests[1]
-    assert any(name == f"llm-1.{FULL}" for name, *_ in cluster.dns.asked)
+    assert any(name == f"big-1.{FULL}" for name, *_ in cluster.dns.asked)
 
 
 def test_certificates_are_for_names(cluster: Cluster) -> None:
