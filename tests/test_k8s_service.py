@@ -348,6 +348,7 @@ def test_shutdown_ends_the_wait_for_names(cluster: Cluster) -> None:
         ({"tls_key": None}, r"^mutual TLS needs certificate, key and CA; missing: tls_key$"),
         ({"gpus_per_pod": 0}, r"^k8s_gpus_per_pod=0; use 1 or more$"),
         ({"gpus_per_pod": 60000}, r"with k8s_gpus_per_pod=60000 stands for ports \d+ to \d+; the last port is 65535$"),
+        ({"pod_prefix": ""}, r"^k8s_pod_prefix=''; expected a StatefulSet's name"),
         ({"pod_prefix": "Llm"}, r"^k8s_pod_prefix='Llm'; expected a StatefulSet's name"),
         ({"local_gpus": ["0"]}, r"^local_gpus=\['0'\] is for local workers, not k8s_service; leave one out$"),
     ],

@@ -202,7 +202,8 @@ class ServicePods:
             MissingExtra: dnspython is not installed.
         """
         self._service = names.ServiceName.parse(service)
-        self._prefix = names.check_pod_prefix(pod_prefix or self._service.default_pod_prefix)
+        default = self._service.default_pod_prefix
+        self._prefix = names.check_pod_prefix(default if pod_prefix is None else pod_prefix)
         if tls is None:
             raise ConfigError(
                 f"k8s_service={service!r} needs mutual TLS, for the token would cross the network in the clear: give "
