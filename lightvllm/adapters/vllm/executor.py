@@ -160,7 +160,10 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
             # On ROCm vLLM wants the two to be the same, and Ray sets the second.
             variables = ("CUDA_VISIBLE_DEVICES", *(("HIP_VISIBLE_DEVICES",) * current_platform.is_rocm()))
             env = [{} if seen is None else dict.fromkeys(variables, seen) for seen in visible]
-        executor.scatter_rpc("prepare", {rank: [env[rank]] for rank in ranks})
+        # What vLLM does for its own workers, except on CPUs; those started here have it from this process.
+        divides = not self._is_local and not current_platform.is_cpu()
+        sharing = [here if divides else 0 for _, here in local_ranks(executor.workers)]
+        executor.scatter_rpc("prepare", {rank: [env[rank], sharing[rank]] for rank in ranks})
 
         (meeting,) = executor.scatter_rpc("open_meeting", {0: [one_node, len(ranks)]})
         config = self.vllm_config if self._is_local else _config_for_other_hosts(self.vllm_config)

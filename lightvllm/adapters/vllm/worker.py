@@ -19,6 +19,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -57,9 +58,16 @@ class VllmWorker:
         """What runs here."""
         return local_versions()
 
-    def prepare(self, env: Mapping[str, str]) -> None:
-        """Set what depends on where the workers have been placed: visible devices, OpenMP's threads."""
+    def prepare(self, env: Mapping[str, str], sharing: int) -> None:
+        """Set what depends on where the workers have been placed: visible devices, OpenMP's threads.
+
+        ``sharing``: how many workers divide this host's CPUs among them until they have loaded; 0 where ``env`` says
+        all, or each is to do as its own environment says.
+        """
         os.environ.update(env)
+        if sharing and "OMP_NUM_THREADS" not in os.environ:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cpus() // sharing))
+            os.environ["VLLM_OMP_NUM_THREADS_SET_BY_VLLM"] = "1"  # from then on vLLM's worker makes do with one
 
     def open_meeting(self, local: bool, world_size: int) -> str:
         """Rank 0: open the place where the ranks meet, on loopback if all of them are on this host; its init method.
@@ -206,6 +214,17 @@ class VllmWorker:
             stack.callback(destroy_distributed_environment)
             stack.callback(destroy_model_parallel)
             wrapper.shutdown()
+
+
+def usable_cpus(cgroup: str = "/sys/fs/cgroup") -> int:
+    """CPUs that this process may run on, within its container's quota, which torch does not know of."""
+    cpus = len(os.sched_getaffinity(0))
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of version 2, and of version 1
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            quota, period = (int(n) for name in files for n in Path(cgroup, name).read_text().split())
+            if quota > 0:
+                cpus = min(cpus, max(1, quota // period))
+    return cpus
 
 
 def _unlink_cpu_buffers(ident: str | None) -> None:
