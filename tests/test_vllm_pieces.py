@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from vllm_process import MARKS
 
 from lightvllm.adapters.vllm.settings import AdapterSettings
+from lightvllm.errors import ConfigError
 from lightvllm.messages import decode_value, encode_value
 
 pytestmark = [pytest.mark.smoke, *MARKS]
@@ -45,6 +47,17 @@ def test_only_steps_are_held_to_what_pickle_can_do(module: Any, method: str, sen
     assert (name, told_as) == (sent, method)
     if sent == "run":
         assert decode_value(encode_value(arguments))[1][0](41) == 42
+
+
+@pytest.mark.parametrize(("connector", "tp", "refused"), [("ECCPUConnector", 2, True), ("ECCPUConnector", 1, False)])
+def test_a_connector_that_would_not_wait_for_all_ranks(module: Any, connector: str, tp: int, refused: bool) -> None:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(numa_bind=False, tensor_parallel_size=tp, prefill_context_parallel_size=1),
+        model_config=SimpleNamespace(multimodal_config=None),
+        ec_transfer_config=SimpleNamespace(ec_connector=connector),
+    )
+    with pytest.raises(ConfigError, match="ECCPUConnector with 2 ranks") if refused else contextlib.nullcontext():
+        module._check_supported(config)
 
 
 def test_a_steps_tensors_are_not_left_to_plain_pickle(module: Any) -> None:

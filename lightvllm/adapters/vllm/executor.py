@@ -417,6 +417,14 @@ def _check_supported(config: Any) -> None:
         raise ConfigError(
             "mm_processor_cache_type='shm' needs a lock that all workers inherit from one process; use 'lru'"
         )
+    parallel, ec = config.parallel_config, getattr(config, "ec_transfer_config", None)
+    per_stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
+    if getattr(ec, "ec_connector", None) == "ECCPUConnector" and per_stage > 1:
+        # It waits until all ranks have read an embedding where the executor is called 'mp'; else for the first of them.
+        raise ConfigError(
+            f"ECCPUConnector with {per_stage} ranks in a stage gives memory back while ranks still read it, except "
+            "under vLLM's own 'mp'; use tensor_parallel_size=1, or another connector"
+        )
 
 
 def _openmp(config: Any, world_size: int) -> list[dict[str, str]]:
