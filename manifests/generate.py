@@ -65,7 +65,7 @@ def _default(name: str, field: dict[str, Any], schema: dict[str, Any]) -> str:
     if name in schema.get("required", ()):
         return "required"
     default = field.get("default")
-    if default is None or default in ({}, []):
+    if default is None or default == [] or isinstance(default, dict):  # an object has its own table
         return ""
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 

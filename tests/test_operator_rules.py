@@ -268,6 +268,22 @@ def test_both_refuse_the_same_changes(old: dict[str, Any], new: dict[str, Any], 
     assert bool(by_models) is bool(why)
 
 
+def defaults(schema: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Every default and the schema that it is a value of."""
+    own = [(schema["default"], schema)] if "default" in schema else []
+    below = [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]
+    return own + [each for field in below for each in defaults(field)]
+
+
+def test_every_default_stands_by_itself() -> None:
+    """The API server looks at them when the CRD is made, before any default in them is filled in."""
+    found = defaults(SCHEMA)
+    assert len(found) > 40
+    for value, schema in found:
+        assert not list(jsonschema.Draft202012Validator(for_jsonschema(schema)).iter_errors(value)), value
+        assert broken_rules(value, schema) == [], value
+
+
 def test_filling_in_defaults_is_the_same_on_both_sides() -> None:
     filled = with_defaults(inference(), SCHEMA)
     assert LLMInference.model_validate(filled).model_dump(by_alias=True, exclude_none=True) == filled

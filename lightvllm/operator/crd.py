@@ -6,7 +6,8 @@ Structural means (apiextensions/v1): no ``$ref``, one type per field, no ``null`
 turned into that: references are put in place, ``X | None`` becomes an X that may be left out, ``int | str`` becomes
 ``x-kubernetes-int-or-string``, ``dict[str, Any]`` keeps unknown fields, and ``additionalProperties: false`` goes,
 because the API server drops what it does not know, or refuses it if the client asks for strict validation, as kubectl
-does. A field that holds an object has ``{}`` for its default, so that the defaults in it apply.
+does. The default of a field that holds an object is that object whole: the API server evaluates the rules on
+it as it stands.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def _structural(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str
         result["description"] = " ".join(schema["description"].split())
     result.update((key, schema[key]) for key in _KEPT if key in schema)
     if schema.get("default") is not None:
-        result["default"] = {} if isinstance(schema["default"], dict) else schema["default"]
+        result["default"] = _said(schema["default"])
     if "properties" in schema:
         result["properties"] = {name: _structural(each, definitions) for name, each in schema["properties"].items()}
     elif schema.get("type") == "object":
@@ -137,6 +138,13 @@ def _structural(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str
     if "items" in schema:
         result["items"] = _structural(schema["items"], definitions)
     return result
+
+
+def _said(default: Any) -> Any:
+    """Without what is None, which in YAML is what is not there."""
+    if isinstance(default, dict):
+        return {name: _said(value) for name, value in default.items() if value is not None}
+    return default
 
 
 def _beside_reference(schema: dict[str, Any]) -> dict[str, Any]:
