@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lightvllm.operator import crd
+from lightvllm.operator import crd, text
 
 ROOT = Path(__file__).resolve().parent.parent
 CRD = ROOT / "manifests/base/crd.yaml"
@@ -21,13 +19,11 @@ BEGIN, END = "<!-- fields: made by manifests/generate.py -->", "<!-- end of fiel
 
 def generated() -> dict[Path, str]:
     """Each file and what it should hold."""
-    text = "# Made from lightvllm/operator/types.py by: make crd\n" + yaml.safe_dump(
-        crd.definition(), sort_keys=False, width=120, allow_unicode=True
-    )
+    made = "# Made from lightvllm/operator/types.py by: make crd\n" + text.dump([crd.definition()])
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return {CRD: text, PAGE: f"{before}{BEGIN}\n{fields()}{END}{after}"}
+    return {CRD: made, PAGE: f"{before}{BEGIN}\n{fields()}{END}{after}"}
 
 
 def fields() -> str:
@@ -71,7 +67,7 @@ def _default(name: str, field: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    wrong = [path for path, text in generated().items() if not path.exists() or path.read_text("utf-8") != text]
+    wrong = [path for path, made in generated().items() if not path.exists() or path.read_text("utf-8") != made]
     if sys.argv[1:] == ["--check"]:
         for path in wrong:
             sys.stderr.write(f"{path.relative_to(ROOT)} is not what lightvllm/operator says; run: make crd\n")

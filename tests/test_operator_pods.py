@@ -52,7 +52,7 @@ def test_a_group_of_two_pods(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "pipelineParallelSize": 2,
         "gpuResource": "",
         "allowUnauthenticated": True,
-        "drain": {"pauseSeconds": 1, "timeoutSeconds": 40},
+        "drain": {"pauseSeconds": 0, "timeoutSeconds": 40},
         "engine": {"args": ["--num-kv-blocks=300"]},
     }
     document = {"apiVersion": "lightvllm.io/v1", "kind": "LLMInference", "metadata": {"name": "tiny"}, "spec": spec}
