@@ -152,3 +152,12 @@ def test_what_only_an_operator_could_do_is_refused(capsys: pytest.CaptureFixture
     assert "spec.autoscaling scales the LLMInference, which needs an operator" in refused(capsys, str(file), "--plan")
     file.write_text("kind: LLMInference\napiVersion: lightvllm.io/v1\nspec: 3\n")
     assert "spec is 3, expected an object" in refused(capsys, str(file))
+
+
+def test_without_the_extra_the_command_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['yaml'] = None; from lightvllm.cli.main import main; sys.exit(main(['manifest', 'm']))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 1
+    assert "run: pip install 'lightvllm[operator]'" in ran.stderr

@@ -72,11 +72,18 @@ def api_policy(inference: LLMInference) -> dict[str, Any]:
 
 
 def disruption_budget(inference: LLMInference) -> dict[str, Any]:
-    """Nodes are drained one pod at a time: losing a pod is losing its group until it is back."""
+    """Nodes are drained one pod at a time: losing a pod is losing its group until it is back.
+
+    Pods that are not ready do not hold up a drain: nobody is served by them.
+    """
     names = Names(inference)
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": names.metadata(names.inference),
-        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": names.selector}},
+        "spec": {
+            "maxUnavailable": 1,
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            "selector": {"matchLabels": names.selector},
+        },
     }
