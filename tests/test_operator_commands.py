@@ -12,6 +12,7 @@ from typer.main import get_command
 import lightvllm.adapters.vllm as adapters
 from lightvllm.adapters.vllm.settings import load_settings
 from lightvllm.cli.main import app
+from lightvllm.operator.planner import scripts
 
 FULL: dict[str, Any] = {
     "tensorParallelSize": 2,
@@ -56,6 +57,15 @@ def test_files_that_are_named_are_mounted() -> None:
         files = re.findall(r"(/(?:etc/lightvllm|tls)[\w/.-]*)", text)
         assert len(files) >= 10
         assert {file.rpartition("/")[0] for file in files} <= set(objects.mounts)
+
+
+def test_sglangs_other_nodes_are_asked_without_tls_which_they_do_not_have() -> None:
+    sglang = {"engine": {"name": "sglang", "image": "s"}, "tls": {"secretName": "t"}}
+    assert Objects(inference(**sglang)).container["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"
+    several = Objects(inference(**sglang, tensorParallelSize=2, gpusPerPod=1)).container
+    expected = scripts.ask("/health", tls=True, workers=1, worker_port=8000)  # beyond the port, the leader alone
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert several[probe]["exec"]["command"] == expected
 
 
 def test_sglang_is_started_as_images_for_leaderworkerset_expect() -> None:

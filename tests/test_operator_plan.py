@@ -204,6 +204,14 @@ def test_pods_may_do_nothing_that_they_need_not() -> None:
     assert not {"hostIPC", "hostNetwork", "hostPID"} & set(objects.pod)
 
 
+def test_what_waits_for_the_leader_keeps_the_pods_class_and_quota() -> None:
+    resources = {"cpu": "4", "memory": "8Gi", "rdma/hca": 1}
+    pod = {"resources": {"requests": resources, "limits": resources}}
+    (waiting,) = Objects(inference(tensorParallelSize=2, gpusPerPod=1, pod=pod)).pod["initContainers"]
+    plain = {"cpu": "4", "memory": "8Gi"}
+    assert waiting["resources"] == {"requests": plain, "limits": plain}
+
+
 def test_a_change_of_the_config_map_replaces_the_pods() -> None:
     # SGLang's arguments say nothing of MODEL_NAME's like: the digest alone differs for a custom engine.
     custom = {"name": "custom", "image": "mine"}

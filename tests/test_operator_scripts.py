@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from operator_objects import Objects, inference
 from waiting import LIMIT, wait_until
 
 from lightvllm.operator.planner import scripts
@@ -102,6 +103,24 @@ def test_when_one_of_the_two_ends_so_does_the_other_and_its_status_is_the_pods(
         leader.fail(fails, 3)
         assert leader.status() == 3
         assert leader.lines()[-2:] == [f"{fails} failed", f"{other} ended"]
+
+
+def test_what_waits_for_the_leader_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    """It says so by its status: nothing but a trap ends the first process of a container."""
+    (waiting,) = Objects(inference(tensorParallelSize=2, gpusPerPod=1)).pod["initContainers"]
+    getent = tmp_path / "getent"
+    getent.write_text('#!/bin/sh\necho "$2" >> "$LOG"; exit 2\n')
+    getent.chmod(0o755)
+    log = tmp_path / "log"
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "LWS_LEADER_ADDRESS": "leader"}
+    started = subprocess.Popen(waiting["command"], env=environ)
+    try:
+        wait_until(lambda: log.exists() and log.read_text().startswith("leader\n"), "a look-up of the leader's name")
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(LIMIT) == 143
+    finally:
+        started.kill()
+        started.wait()
 
 
 def leave(index: int, port: int, pause: int = 0, most: int = 600) -> subprocess.Popen[bytes]:

@@ -158,8 +158,10 @@ def _sglang(inference: LLMInference, layout: Layout, names: Names, group: int) -
         *([] if spec.gpu_resource else ["--device=cpu"]),
         *(["--api-key=$(API_KEY)"] if spec.api_key is not None else []),
     ]
-    # Every node answers /health, the leader's API is behind the same port.
+    # Every node answers /health, the leader's API is behind the same port; without TLS where it is not the leader's.
     probe = _http(spec, "/health")
+    if spec.tls is not None and layout.pods > 1:
+        probe = {"exec": {"command": scripts.ask("/health", tls=True, workers=1, worker_port=HTTP_PORT)}}
     return Running([*server, *spec.engine.args], [], _key("API_KEY", spec), probe, probe, _pause(spec))
 
 

@@ -27,7 +27,9 @@ CONFIG_ANNOTATION = f"{GROUP}/config"
 
 _PROBE_SECONDS = ANSWER_SECONDS + 1  # between two probes, and for one of them
 _AFTER_DRAINING = 30  # seconds for the engine to let go of its workers and memory
-_LEADER_WAITED_FOR = 'until getent hosts "$LWS_LEADER_ADDRESS" >/dev/null; do sleep 1; done'
+# The first process of a container is not ended by a signal for which it has no trap.
+_LEADER_WAITED_FOR = 'trap "exit 143" TERM; until getent hosts "$LWS_LEADER_ADDRESS" >/dev/null; do sleep 1; done'
+_PLAIN_RESOURCES = ("cpu", "memory", "ephemeral-storage")
 
 
 def template(inference: LLMInference, group: int, settings: dict[str, str]) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def template(inference: LLMInference, group: int, settings: dict[str, str]) -> d
         "imagePullPolicy": spec.engine.image_pull_policy,
         "command": ["sh", "-c", _LEADER_WAITED_FOR],
         "env": [each for each in env if each["name"] == "LWS_LEADER_ADDRESS"],
+        **_given(resources=_plain_resources(spec)),
         "securityContext": rights,
     }
     body = {
@@ -182,6 +185,13 @@ def _resources(spec: Spec, layout: Layout) -> dict[str, Any]:
     resources = spec.pod.resources
     gpus = {spec.gpu_resource: layout.per_pod} if spec.gpu_resource else {}
     return _given(requests={**resources.requests, **gpus}, limits={**resources.limits, **gpus})
+
+
+def _plain_resources(spec: Spec) -> dict[str, Any]:
+    """For the init container the same, which costs nothing, for it ends before the other begins: a pod whose containers
+    do not all have limits is not of the class Guaranteed, and a namespace with a quota refuses it."""
+    given = {"requests": spec.pod.resources.requests, "limits": spec.pod.resources.limits}
+    return _given(**{kind: {name: of[name] for name in _PLAIN_RESOURCES if name in of} for kind, of in given.items()})
 
 
 def _probes(spec: Spec, run: Running) -> dict[str, Any]:
