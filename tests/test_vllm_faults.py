@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 from vllm_models import TINY, folder
 from vllm_process import KUBERNETES, MARKS, Engine, VllmError, engine
+from vllm_server import options, server
 
 pytestmark = MARKS
 
@@ -28,3 +31,13 @@ def test_an_exceptions_traceback_is_logged_where_it_happened(here: Engine) -> No
     log = here.household.log()
     assert "rank 1 failed in fail_on" in log
     assert 'raise ValueError(f"rank {rank} will not")' in log
+
+
+def test_an_engine_whose_server_was_killed_ends() -> None:
+    """vLLM's engine core does not look after the process that has started it."""
+    with server(folder("tiny"), KUBERNETES, *options(TINY[0].arguments | {"max_model_len": 256})) as served:
+        served.ready()
+        os.kill(served.process.pid, signal.SIGKILL)
+        served.process.wait()
+        served.household.nothing_left()
+        assert "the process that started this engine is gone" in served.household.log()

@@ -65,6 +65,7 @@ STAY = (
     ),
     *_rules(False, "ports of one host's processes; Kubernetes sets it too, for a Service called vllm", "VLLM_PORT"),
     *_rules(False, "a folder for one host's sockets", "VLLM_RPC_BASE_PATH", "CUDA_MPS_*_DIRECTORY"),
+    *_rules(False, "a file of one host, without which vLLM would not start", "VLLM_LOGGING_CONFIG_PATH"),
     *_rules(False, "PCI addresses of one host", "VLLM_GPU_NIC_PCIE_MAPPING"),
     *_rules(False, "belongs to VLLM_GPU_NIC_PCIE_MAPPING", "VLLM_NIC_SELECTION_VARS"),
     *_rules(False, _LINK, "*_SERVICE_HOST", "*_SERVICE_PORT*", "*_PORT_[0-9]*_*"),

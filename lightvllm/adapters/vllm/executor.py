@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import multiprocessing
 import os
 import pickle
 import threading
@@ -79,6 +80,7 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         self._closing = threading.Lock()
         self._closed = False
         self._step_failed = False
+        self._callbacks: list[FailureCallback] = []
         self._executed: Future[Any] = Future()
         try:
             self._start()
@@ -118,6 +120,7 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
             raise
         failed = weakref.WeakMethod(self._failed)
         self.executor.register_failure_callback(lambda: (alive := failed()) and alive())
+        _when_parent_ends(weakref.WeakMethod(self._orphaned))
 
     def _make_backend(self, settings: AdapterSettings) -> tuple[Backend, bool]:
         """The backend, and whether the workers will be children of this process on this machine."""
@@ -291,7 +294,8 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         return self.executor.is_failed
 
     def register_failure_callback(self, callback: FailureCallback) -> None:
-        """Have ``callback`` called when a worker is gone; at once if one is already."""
+        """Have ``callback`` called when a worker is gone, at once if one is already; or this process's parent."""
+        self._callbacks.append(callback)
         self.executor.register_failure_callback(callback)
 
     def check_health(self) -> None:
@@ -302,6 +306,13 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         logger.error("%s: %s; the other workers are ended", type(self).__name__, self.executor.failure)
         # In a thread: this is called where the death was noticed, and vLLM's own callback is not to wait for it.
         threading.Thread(target=self.executor.shutdown, name="lightvllm-end-group", daemon=True).start()
+
+    def _orphaned(self) -> None:
+        """vLLM's engine core does not notice the end of the process that started it, and would go on for ever."""
+        logger.error("%s: the process that started this engine is gone; the engine ends", type(self).__name__)
+        self.executor.shutdown()
+        for callback in self._callbacks:
+            callback()
 
     # ---------------------------------------------------------------------------------------------- shutdown
 
@@ -322,6 +333,20 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
             executor.collective_rpc("close", vllm.envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS)
         except LightvllmError as error:
             logger.warning("a worker did not close in an orderly way and is ended: %s", error)
+
+
+def _when_parent_ends(call: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Have ``call`` called when the process that has started this one by multiprocessing ends, if one has."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        if (alive := call()) is not None:
+            alive()
+
+    threading.Thread(target=watch, name="lightvllm-parent", daemon=True).start()
 
 
 def _brings_tensors(step: Any) -> bool:
@@ -396,6 +421,7 @@ class RayExecutor(_BackendExecutor):
         from lightvllm.backends.ray.backend import RayBackend
         from lightvllm.backends.ray.cluster import LocalClusterConfig
 
+        _check_ray(self.parallel_config)
         local = LocalClusterConfig(log_to_driver=settings.show_worker_output)
         return RayBackend(address=settings.ray_address, local_cluster=local), False
 
@@ -424,6 +450,17 @@ def _check_supported(config: Any) -> None:
         raise ConfigError(
             f"ECCPUConnector with {per_stage} ranks in a stage gives memory back while ranks still read it, except "
             "under vLLM's own 'mp'; use tensor_parallel_size=1, or another connector"
+        )
+
+
+def _check_ray(parallel: Any) -> None:
+    """Refuse what tells vLLM's own Ray executors where to place workers; this one makes a group of its own."""
+    given = [name for name in ("placement_group", "ray_runtime_env") if getattr(parallel, name, None) is not None]
+    given += [name for name in ("VLLM_RAY_BUNDLE_INDICES", "VLLM_RAY_PER_WORKER_GPUS") if os.environ.get(name)]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: for vLLM's own Ray executors; RayExecutor makes a placement group of its own, with "
+            "one GPU to a worker, and takes variables for workers from LIGHTVLLM_ENV; leave it out"
         )
 
 
