@@ -19,7 +19,7 @@ from lightvllm.cli.main import main
 from lightvllm.operator.planner import OPTIONAL_KINDS, Credentials, plan
 from lightvllm.operator.planner.layout import Layout
 from lightvllm.operator.planner.secrets import hosts
-from lightvllm.operator.types import MAX_NAME, MAX_REPLICAS, LLMInference, Spec
+from lightvllm.operator.types import MAX_NAME, MAX_REPLICAS, OWN_PATHS, LLMInference, Spec
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
 
@@ -202,6 +202,11 @@ def test_pods_may_do_nothing_that_they_need_not() -> None:
             "capabilities": {"drop": ["ALL"]},
         }
     assert not {"hostIPC", "hostNetwork", "hostPID"} & set(objects.pod)
+
+
+def test_nobody_else_mounts_where_the_plan_does() -> None:
+    spec = {"tensorParallelSize": 2, "gpusPerPod": 1, "tls": {"secretName": "t"}}
+    assert sorted(Objects(inference(**spec)).mounts) == sorted(OWN_PATHS)
 
 
 def test_what_waits_for_the_leader_keeps_the_pods_class_and_quota() -> None:

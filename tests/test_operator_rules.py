@@ -135,6 +135,10 @@ ACCEPTED: list[dict[str, Any]] = [
     {"pod": {"affinity": {"nodeAffinity": {"anything": ["goes"]}}, "labels": {"team": "a"}}},
     {"network": {"nccl": {"NCCL_IB_GID_INDEX": "3"}, "hostIPC": True, "clients": [{"podSelector": {}}]}},
     {"gpuResource": ""},
+    {"gpuResource": "nvidia.com/mig-1g.5gb"},
+    {"pod": {"tolerations": [{"operator": "Exists"}, {"key": "gpu"}, {"key": "gpu", "value": "yes"}]}},
+    {"pod": {"tolerations": [{"key": "a", "effect": "NoExecute", "tolerationSeconds": 3}]}},
+    {"pod": {"labels": {"team": ""}, "nodeSelector": {"gpu": "A100-80GB_x"}}},
 ]
 
 
@@ -175,7 +179,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"envFrom": [{"prefix": "X_"}]}, "either configMapRef or secretRef"),
     ({"pod": {"volumes": [VOLUME, {**VOLUME, "mountPath": "/other"}]}}, "the same name"),
     ({"pod": {"volumes": [VOLUME, {**VOLUME, "name": "other"}]}}, "the same mountPath"),
-    ({"pod": {"volumes": [{**VOLUME, "mountPath": "/cache"}]}}, "mounted already"),
+    ({"pod": {"volumes": [{**VOLUME, "mountPath": "/cache"}]}}, "the plan's own"),
+    ({"pod": {"volumes": [{**VOLUME, "mountPath": "/tls"}]}}, "the plan's own"),
+    ({"modelSource": {"claimName": "weights", "mountPath": "/tmp"}}, "the plan's own"),
+    (
+        {"modelSource": {"claimName": "w", "mountPath": "/data"}, "pod": {"volumes": [VOLUME]}},
+        "the mountPath of modelSource",
+    ),
+    ({"pod": {"tolerations": [{"effect": "NoSchedule"}]}}, "needs operator Exists"),
+    ({"pod": {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]}}, "compares no value"),
+    ({"pod": {"tolerations": [{"key": "a", "tolerationSeconds": 3}]}}, "for effect NoExecute"),
     ({"pod": {"volumes": [{**VOLUME, "name": "lightvllm-shm"}]}}, "use another name"),
     ({"pod": {"labels": {"lightvllm.io/role": "leader"}}}, "set by the plan"),
     ({"network": {"nccl": {"GLOO_X": "1"}}}, "NCCL_* only"),
@@ -205,6 +218,12 @@ def test_both_refuse_for_the_same_reason(spec: dict[str, Any], why: str) -> None
         {"pod": {"resources": {"requests": {"cpu": 0.5}}}},
         {"pod": {"resources": {"requests": {"cpu": "half"}}}},
         {"pod": {"runAsUser": 0}},
+        {"pod": {"labels": {"team": "a b"}}},
+        {"pod": {"nodeSelector": {"disk": "a" * 64}}},
+        {"pod": {"volumes": [{**VOLUME, "mountPath": "/data/"}]}},
+        {"pod": {"volumes": [{**VOLUME, "mountPath": "/"}]}},
+        {"monitoring": {"labels": {"release": "-"}}},
+        {"gpuResource": "gpu"},
         {"pod": {"volumes": [{**VOLUME, "source": {}}]}},
         {"pod": {"volumes": [{**VOLUME, "source": {"emptyDir": {}, "hostPath": {}}}]}},
         {"network": {"shmSize": 8}},
@@ -220,10 +239,27 @@ def test_both_refuse_by_type_and_bounds(spec: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a", "llama-3-8b", "a" * MAX_NAME, "A", "3b", "a.b", "a-", "a" * (MAX_NAME + 1), "a_b"]
+    "name",
+    [
+        "a",
+        "llama-3-8b",
+        "a" * MAX_NAME,
+        "A",
+        "3b",
+        "a.b",
+        "a-",
+        "a" * (MAX_NAME + 1),
+        "a_b",
+        "a-0-headless",
+        "a-headless",
+    ],
 )
 def test_both_judge_names_alike(name: str) -> None:
     assert bool(refused_by_the_crd(inference(name))) is bool(refused_by_the_models(inference(name)))
+
+
+def test_nobody_is_named_like_a_service_of_anothers_group() -> None:
+    assert "metadata.name must not end as" in refused_by_the_models(inference("a-0-headless"))
 
 
 sizes = st.integers(1, 9)

@@ -33,11 +33,16 @@ MAX_REPLICAS = 999
 OWN_VOLUMES = "lightvllm-"
 """How the planner's own volumes are called; a user's must not begin so."""
 
+OWN_PATHS = ("/cache", "/dev/shm", "/etc/lightvllm/driver", "/etc/lightvllm/workers", "/tls", "/tmp")  # noqa: S108
+"""Where the planner mounts them."""
+_MOUNTED = f"{', '.join(OWN_PATHS)} are the plan's own; mount it elsewhere"
+
 _NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 _OBJECT_NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
 _FOLDER = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*"
 _LABEL_VALUE = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
-_PATH = r"^/[^:]*$"
+_PATH = r"^(/[^:/]+)+$"
+_GPU_RESOURCE = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 
 Quantity = Annotated[str, StringConstraints(pattern=_QUANTITY, max_length=32)] | Annotated[int, Field(ge=0)]
@@ -45,6 +50,7 @@ Size = Annotated[str, StringConstraints(pattern=_QUANTITY, max_length=32)]
 ObjectName = Annotated[str, StringConstraints(pattern=_OBJECT_NAME)]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 AbsolutePath = Annotated[str, StringConstraints(pattern=_PATH, max_length=1024)]
+LabelValue = Annotated[str, StringConstraints(pattern=f"^({_LABEL_VALUE})?$")]
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
 FreeForm = dict[str, Any]
 """An object of Kubernetes' own, passed on as it is."""
@@ -169,6 +175,14 @@ class ModelSource(Model):
     mount_path: AbsolutePath = "/models"
     """Where it is mounted, read-only; spec.model is a folder below it."""
 
+    rules = (
+        Rule(
+            f"!(self.mountPath in {list(OWN_PATHS)})",
+            _MOUNTED,
+            lambda self: self.mount_path not in OWN_PATHS,
+        ),
+    )
+
 
 class Cache(Model):
     """Where downloads and compiled code are kept: /cache, which is HOME."""
@@ -252,6 +266,24 @@ class Toleration(Model):
     toleration_seconds: int | None = Field(default=None, ge=0)
     """With NoExecute: how long a pod stays."""
 
+    rules = (
+        Rule(
+            "self.operator == 'Exists' || has(self.key)",
+            "a toleration without key needs operator Exists",
+            lambda self: self.operator == "Exists" or self.key is not None,
+        ),
+        Rule(
+            "self.operator == 'Equal' || !has(self.value)",
+            "operator Exists compares no value; leave one of the two out",
+            lambda self: self.operator == "Equal" or self.value is None,
+        ),
+        Rule(
+            "!has(self.tolerationSeconds) || has(self.effect) && self.effect == 'NoExecute'",
+            "tolerationSeconds is for effect NoExecute",
+            lambda self: self.toleration_seconds is None or self.effect == "NoExecute",
+        ),
+    )
+
 
 class Volume(Model):
     """A further volume of every pod."""
@@ -281,7 +313,7 @@ class Pod(Model):
 
     resources: Resources = Resources()
     """What the container asks for, besides its GPUs."""
-    node_selector: dict[str, str] = Field(default={}, max_length=64)
+    node_selector: dict[str, LabelValue] = Field(default={}, max_length=64)
     """Labels that a node must have."""
     tolerations: list[Toleration] = Field(default=[], max_length=64)
     """Taints that the pods put up with."""
@@ -289,7 +321,7 @@ class Pod(Model):
     """Affinity of Kubernetes' own, whose terms are added to those that topology makes."""
     annotations: dict[str, str] = Field(default={}, max_length=64)
     """Annotations of the pods."""
-    labels: dict[str, str] = Field(default={}, max_length=64)
+    labels: dict[str, LabelValue] = Field(default={}, max_length=64)
     """Labels of the pods, besides the plan's own, which they cannot replace."""
     volumes: list[Volume] = Field(default=[], max_length=32)
     """Further volumes."""
@@ -316,9 +348,9 @@ class Pod(Model):
             lambda self: len({volume.mount_path for volume in self.volumes}) == len(self.volumes),
         ),
         Rule(
-            "self.volumes.all(v, !(v.mountPath in ['/tmp', '/cache', '/dev/shm']))",
-            "/tmp, /cache and /dev/shm are mounted already; see spec.cache and spec.network.shmSize",  # noqa: S108
-            lambda self: all(volume.mount_path not in ("/tmp", "/cache", "/dev/shm") for volume in self.volumes),  # noqa: S108
+            f"self.volumes.all(v, !(v.mountPath in {list(OWN_PATHS)}))",
+            _MOUNTED,
+            lambda self: all(volume.mount_path not in OWN_PATHS for volume in self.volumes),
         ),
         Rule(
             f"self.labels.all(k, !k.startsWith('{GROUP}/') && !k.startsWith('app.kubernetes.io/'))",
@@ -434,7 +466,7 @@ class Monitoring(Model):
 
     interval_seconds: int = Field(default=15, ge=1, le=3600)
     """Seconds between two looks."""
-    labels: dict[str, str] = Field(default={}, max_length=32)
+    labels: dict[str, LabelValue] = Field(default={}, max_length=32)
     """Labels by which Prometheus selects it."""
 
 
@@ -458,7 +490,7 @@ class Spec(Model):
     gpus_per_pod: int | None = Field(default=None, ge=1, le=64)
     """Workers, each with a GPU, of one pod; without it tensorParallelSize: one pod per stage. A multiple of
     tensorParallelSize, or a divisor of it. Cannot be changed."""
-    gpu_resource: Annotated[str, StringConstraints(max_length=253)] = "nvidia.com/gpu"
+    gpu_resource: Annotated[str, StringConstraints(pattern=_GPU_RESOURCE, max_length=253)] = "nvidia.com/gpu"
     """The resource that a GPU is asked for by; "" for workers that compute on the CPU."""
     replicas: int = Field(default=1, ge=0, le=MAX_REPLICAS)
     """Groups, each of which holds the whole model. With autoscaling its target writes it, by the scale subresource."""
@@ -554,6 +586,14 @@ class Spec(Model):
             f"!has(self.modelSource) || self.model.matches('^{_FOLDER}$')",
             "with modelSource, model is a folder below its mountPath, such as llama/8b",
             lambda self: self.model_source is None or re.fullmatch(_FOLDER, self.model) is not None,
+        ),
+        Rule(
+            "!has(self.modelSource) || self.pod.volumes.all(v, v.mountPath != self.modelSource.mountPath)",
+            "a volume of pod.volumes has the mountPath of modelSource; give each its own",
+            lambda self: (
+                self.model_source is None
+                or all(volume.mount_path != self.model_source.mount_path for volume in self.pod.volumes)
+            ),
         ),
         Rule(
             "!self.model.startsWith('-')",
@@ -676,6 +716,11 @@ class LLMInference(Model):
             f"metadata.name must begin with a letter, have small letters, digits and dashes, at most {MAX_NAME}: "
             "Services and pods are named after it",
             lambda self: re.fullmatch(_NAME, self.metadata.name) is not None and len(self.metadata.name) <= MAX_NAME,
+        ),
+        Rule(
+            "!self.metadata.name.matches('-[0-9]+-headless$')",
+            "metadata.name must not end as -0-headless does: so are the Services of others' groups named",
+            lambda self: re.search(r"-[0-9]+-headless\Z", self.metadata.name) is None,
         ),
     )
 
