@@ -270,6 +270,14 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"{field}={value}; use a positive number of seconds")
 
 
+def stage_layers(num_layers: int, pp_size: int, pp_rank: int) -> range:
+    """The layers of a pipeline stage: an equal share each, and one more for the earliest stages if a remainder is
+    left, because the last stage has the output head as well."""
+    share, remainder = divmod(num_layers, pp_size)
+    start = pp_rank * share + min(pp_rank, remainder)
+    return range(start, start + share + (pp_rank < remainder))
+
+
 def _tp_fits(model: ModelConfig, tp: int) -> bool:
     kv = model.num_key_value_heads
     return model.num_attention_heads % tp == 0 and model.intermediate_size % tp == 0 and (kv % tp == 0 or tp % kv == 0)

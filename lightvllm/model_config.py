@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,23 +79,25 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         dtype: str = "auto",
         max_model_len: int | None = None,
         load_format: Literal["safetensors", "dummy"] = "safetensors",
+        supported: Collection[str] = SUPPORTED_ARCHITECTURES,
     ) -> ModelConfig:
         """Read ``config.json`` (and ``generation_config.json``) of a Hugging Face model folder.
 
         A folder with sentence-transformers' ``modules.json`` is a model that makes embeddings, pooled as is said there;
         so is one whose architecture is ``LlamaModel``: the last token's, normalised, as in vLLM, if nothing is said.
 
-        ``dtype="auto"`` takes the checkpoint's own. Raises ConfigError when the folder, the architecture, the
+        ``dtype="auto"`` takes the checkpoint's own. ``supported`` are the architectures that are taken; those that our
+        models do not know are for arithmetic only. Raises ConfigError when the folder, the architecture, the
         dtype or the length cannot be used.
         """
         folder = Path(path).expanduser()
         raw = _read_json(folder, "config.json")
         architectures = raw.get("architectures") or []
-        architecture = next((a for a in architectures if a in SUPPORTED_ARCHITECTURES), None)
+        architecture = next((a for a in architectures if a in supported), None)
         if architecture is None:
             raise ConfigError(
                 f"{folder}: architecture {', '.join(architectures) or '(none named in config.json)'} is not supported; "
-                f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+                f"supported: {', '.join(supported)}"
             )
         for name, expected in (("hidden_act", "silu"),):
             if raw.get(name, expected) != expected:

@@ -9,12 +9,12 @@ import tiny_llama
 import torch
 from safetensors import safe_open
 
-from lightvllm.config import ModelConfig
+from lightvllm.config import ModelConfig, stage_layers
 from lightvllm.errors import ConfigError
 from lightvllm.layers.attention import NaiveAttention
 from lightvllm.layers.parallel import ParallelContext
 from lightvllm.layers.weights import parameter_bytes
-from lightvllm.models.llama import LlamaForCausalLM, stage_layers
+from lightvllm.models.llama import LlamaForCausalLM
 from lightvllm.models.registry import build_model
 
 CPU = torch.device("cpu")

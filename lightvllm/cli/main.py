@@ -32,6 +32,7 @@ from lightvllm.cli import (
     router,
     run_batch,
     serve,
+    templates,
     vllm,
     worker,
 )
@@ -90,6 +91,7 @@ app.command("manifest")(manifest.manifest)
 app.command("doctor")(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(kernels.app, name="kernels")
+app.add_typer(templates.app, name="templates")
 app.add_typer(vllm.app, name="vllm")
 
 

@@ -22,12 +22,16 @@ _API_KEY_ENTRY = "api-key"
 
 def manifest(
     target: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="FILE|MODEL",
             help="A YAML file with an LLMInference (- reads standard input), or a model's name or hub id.",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Start from a template instead; see: lightvllm templates.")
+    ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print what it becomes: StatefulSets, Services and so on.")
     ] = False,
@@ -62,7 +66,7 @@ def manifest(
         typer.Option(
             metavar="NAME[/ENTRY]",
             help="The Secret with the key that requests must bring.",
-            show_default="for a MODEL: its name with -api-key, /api-key",
+            show_default="for a MODEL or template: metadata.name with -api-key, /api-key",
         ),
     ] = None,
     allow_unauthenticated: Annotated[
@@ -94,8 +98,16 @@ def manifest(
         raise ConfigError("--service-monitors is for --plan; leave it out, or add --plan")
     if allow_unauthenticated and api_key_secret is not None:
         raise ConfigError("--api-key-secret and --allow-unauthenticated are both given; keep one")
-    is_file = target == "-" or target.endswith((".yaml", ".yml", ".json")) or Path(target).is_file()
-    document = text.read(_content(target), _called(target)) if is_file else _document(target)
+    if (target is None) == (template is None):
+        raise ConfigError("give either FILE|MODEL or --template NAME; for the names run: lightvllm templates")
+    if template is not None:
+        from lightvllm.operator import templates
+
+        target, is_file, document = template, False, templates.get(template).document()
+    else:
+        assert target is not None
+        is_file = target == "-" or target.endswith((".yaml", ".yml", ".json")) or Path(target).is_file()
+        document = text.read(content(target), called(target)) if is_file else _document(target)
     given = {
         "servedModelName": served_model_name,
         "tensorParallelSize": tensor_parallel_size,
@@ -112,7 +124,7 @@ def manifest(
     if engine is not None or image is not None:
         _object(spec, "engine", target).update(_said(name=engine and engine.value, image=image))
     _set_access(spec, str(metadata.get("name")), api_key_secret, allow_unauthenticated, default=not is_file)
-    inference = text.check(document, _called(target) if is_file else "the LLMInference")
+    inference = text.check(document, called(target) if is_file else "the LLMInference")
     if not plan:
         sys.stdout.write(_secrets_comment(named(inference)) + text.dump([document]))
         return
@@ -126,7 +138,8 @@ def manifest(
     sys.stdout.write(_secrets_comment(made.needed) + left_out + text.dump(made.objects))
 
 
-def _content(target: str) -> str:
+def content(target: str) -> str:
+    """The text of a file, or of standard input for ``-``. Raises ConfigError."""
     try:
         return sys.stdin.read() if target == "-" else Path(target).read_text(encoding="utf-8")
     except OSError as error:
@@ -135,7 +148,8 @@ def _content(target: str) -> str:
         raise ConfigError(f"{target} is no text in UTF-8") from None
 
 
-def _called(target: str) -> str:
+def called(target: str) -> str:
+    """How errors call it."""
     return "standard input" if target == "-" else target
 
 
@@ -157,7 +171,7 @@ def _object(document: dict[str, Any], field: str, target: str) -> dict[str, Any]
     if document.get(field) is None:
         document[field] = {}
     if not isinstance(document[field], dict):
-        raise ConfigError(f"{_called(target)}: {field} is {document[field]!r}, expected an object")
+        raise ConfigError(f"{called(target)}: {field} is {document[field]!r}, expected an object")
     found: dict[str, Any] = document[field]
     return found
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightvllm import kernels
-from lightvllm.config import ModelConfig
+from lightvllm.config import ModelConfig, stage_layers
 from lightvllm.layers.attention import Attention, AttentionBackend, AttentionMetadata, KVCache
 from lightvllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from lightvllm.layers.layernorm import RMSNorm
@@ -21,14 +21,6 @@ from lightvllm.layers.parallel import ParallelContext
 from lightvllm.layers.rotary_embedding import RotaryEmbedding
 from lightvllm.layers.weights import WeightSlice
 from lightvllm.models.registry import torch_dtype
-
-
-def stage_layers(num_layers: int, pp_size: int, pp_rank: int) -> range:
-    """The layers of a pipeline stage: an equal share each, and one more for the earliest stages if a remainder is
-    left, because the last stage has the output head as well."""
-    share, remainder = divmod(num_layers, pp_size)
-    start = pp_rank * share + min(pp_rank, remainder)
-    return range(start, start + share + (pp_rank < remainder))
 
 
 class LlamaAttention:
