@@ -105,3 +105,16 @@ def test_a_manifest_is_of_one_thing(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["manifest"], ["manifest", "m", "--template", "llama-3.1-8b"]):
         assert "give either FILE|MODEL or --template NAME" in refused(capsys, *arguments)
     assert "no template 'x'" in refused(capsys, "manifest", "--template", "x")
+
+
+def test_a_manifest_says_whether_its_template_still_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("manifest", "--template", "llama-3.3-70b-tp4", "--allow-unauthenticated")
+    for plan in ([], ["--plan"]):
+        first, *_ = run(capsys, *arguments, *plan).splitlines()
+        assert first == (
+            "# Fits 4 GPU(s) of 79.00 GiB: room for 475,728 tokens; see: lightvllm templates show llama-3.3-70b-tp4"
+        )
+        first, *_ = run(capsys, *arguments, "-tp", "1", *plan).splitlines()
+        assert first.startswith("# Not for what the template llama-3.3-70b-tp4 is for: ")
+        assert "does not fit -tp 1 -pp 1 on GPUs of 79.00 GiB" in first
+    assert "tensor_parallel_size=3 cannot split" in refused(capsys, *arguments, "-tp", "3")

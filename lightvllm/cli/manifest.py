@@ -125,8 +125,9 @@ def manifest(
         _object(spec, "engine", target).update(_said(name=engine and engine.value, image=image))
     _set_access(spec, str(metadata.get("name")), api_key_secret, allow_unauthenticated, default=not is_file)
     inference = text.check(document, called(target) if is_file else "the LLMInference")
+    memory = "" if template is None else _memory_comment(template, spec)
     if not plan:
-        sys.stdout.write(_secrets_comment(named(inference)) + text.dump([document]))
+        sys.stdout.write(memory + _secrets_comment(named(inference)) + text.dump([document]))
         return
     if inference.spec.autoscaling is not None:
         raise ConfigError(
@@ -135,7 +136,7 @@ def manifest(
         )
     made = make_plan(inference, {SERVICE_MONITOR} if service_monitors else ())
     left_out = "".join(f"# Left out: {each}\n" for each in made.left_out)
-    sys.stdout.write(_secrets_comment(made.needed) + left_out + text.dump(made.objects))
+    sys.stdout.write(memory + _secrets_comment(made.needed) + left_out + text.dump(made.objects))
 
 
 def content(target: str) -> str:
@@ -189,6 +190,22 @@ def _set_access(spec: dict[str, Any], name: str, secret: str | None, unauthentic
         secret_name, _, entry = (secret or f"{name}-{_API_KEY_ENTRY}").partition("/")
         spec.pop("allowUnauthenticated", None)
         spec["apiKey"] = {"name": secret_name, "key": entry or _API_KEY_ENTRY}
+
+
+def _memory_comment(name: str, spec: dict[str, Any]) -> str:
+    """Whether the template, as options have changed it, fits what it is for. That it does not is no error: there may be
+    larger GPUs."""
+    from lightvllm.operator import memory, templates
+
+    found = templates.get(name).fit(spec=spec)
+    try:
+        memory.check(found)
+    except ConfigError as why:
+        return f"# Not for what the template {name} is for: {why}\n"
+    return (
+        f"# Fits {found.tensor * found.pipeline} {found.device.kind}(s) of {memory.gib(found.device.memory)}: room for "
+        f"{found.tokens:,} tokens; see: lightvllm templates show {name}\n"
+    )
 
 
 def _secrets_comment(secrets: list[Needed]) -> str:

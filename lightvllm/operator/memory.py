@@ -29,7 +29,8 @@ CONTEXT_BYTES = GIB
 """Of a GPU, before there is a weight on it: the CUDA context, the libraries' code, NCCL's buffers."""
 
 PROCESS_BYTES = 2 * GIB
-"""Of a pod that computes on the CPU: Python and torch, of the server and of a worker."""
+"""Of a pod that computes on the CPU: Python and torch, of the server and of a worker. SmolLM2's process has 0.5 GiB
+besides its weights; this is twice that for each."""
 
 STEP_TOKENS = 8192
 """Tokens of one step: vLLM's default on GPUs of 80 GB. lightvllm's default is 2048, which needs less."""

@@ -9,6 +9,7 @@ A template says neither who may use the model nor how many replicas there are: `
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,14 +163,18 @@ class Template:
             "spec": {"model": self.config.path, **copy.deepcopy(self.spec)},
         }
 
-    def fit(self, device: Device | None = None) -> Fit:
-        """Its arithmetic, on other devices if told."""
+    def fit(self, device: Device | None = None, spec: Mapping[str, Any] | None = None) -> Fit:
+        """Its arithmetic, on other devices or with another spec if told.
+
+        Raises ConfigError if the model cannot be split so.
+        """
+        said = self.spec if spec is None else spec
         return fit(
-            msgspec.structs.replace(self.config, max_model_len=self.spec["maxModelLen"]),
-            self.spec.get("tensorParallelSize", 1),
-            self.spec.get("pipelineParallelSize", 1),
+            msgspec.structs.replace(self.config, max_model_len=said["maxModelLen"]),
+            said.get("tensorParallelSize", 1),
+            said.get("pipelineParallelSize", 1),
             device or self.device,
-            self.spec["maxNumSeqs"],
+            said["maxNumSeqs"],
         )
 
 
