@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 from lightvllm.cli import (
     certs,
+    convert,
     doctor,
     generate,
     kernels,
@@ -88,6 +89,7 @@ app.command("parity")(parity.parity)
 app.command("worker")(worker.worker)
 app.command("certs")(certs.certs)
 app.command("manifest")(manifest.manifest)
+app.command("convert")(convert.convert)
 app.command("doctor")(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(kernels.app, name="kernels")
