@@ -21,12 +21,13 @@ CPU = torch.device("cpu")
 T = TypeVar("T")
 
 
-def group(tp: int, pp: int, timeout: float = 30, stages: bool = True) -> list[ParallelContext]:
-    store, address = open_store("127.0.0.1", tp * pp)
+def group(tp: int, pp: int, timeout: float = 30, stages: bool = True, host: str = "127.0.0.1") -> list[ParallelContext]:
+    store, address = open_store(host, tp * pp)
+    local = host == "127.0.0.1"
 
     def join(rank: int) -> ParallelContext:
         mine = store if rank == 0 else join_store(address, tp * pp)
-        return ParallelContext.connect(CPU, rank, tp, pp, mine, timeout, local=True, stages=stages)
+        return ParallelContext.connect(CPU, rank, tp, pp, mine, timeout, local=local, stages=stages)
 
     return everywhere(join, list(range(tp * pp)))
 
@@ -129,6 +130,16 @@ def test_the_hosts_address_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     store, address = open_store(host_address(), 1)
     store.set("key", "value")
     assert join_store(address, 1).get("key") == b"value"
+
+
+def test_hosts_that_have_ipv6_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    monkeypatch.setenv("LIGHTVLLM_HOST_IP", "::1")
+    totals = everywhere(lambda c: float(c.all_reduce(torch.ones(1))), [*group(2, 1, host=host_address())])
+    assert totals == [2, 2]
 
 
 @pytest.mark.parametrize("wrong", ["", "host", "host:", ":80", "host:port"])

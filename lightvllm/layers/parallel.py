@@ -65,9 +65,10 @@ def host_address() -> str:
 
 
 def open_store(host: str, world_size: int) -> tuple[TCPStore, str]:
-    """A rendezvous on a free port of ``host`` and nowhere else; returns it and its ``"host:port"``."""
+    """A rendezvous on a free port of ``host``, IPv4 or IPv6, and nowhere else; returns it and its ``"host:port"``."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, 0))
+        listener = socket.create_server((host, 0), family=family)
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host} for the workers' rendezvous ({error}); set {HOST_ENV} to this host's address"
