@@ -23,7 +23,7 @@ _WAITING = frozenset({"ray", "sleep", "until", "while", "do", "done", "wait", "t
 
 def runs_vllm(script: str) -> bool:
     """Whether there is a vLLM server in it, as far as a glance tells."""
-    return re.search(r"\bvllm\s+serve\b|vllm\.entrypoints\.(openai\.)?api_server", script) is not None
+    return re.search(r"\bvllm[\"']?\s+[\"']?serve\b|vllm\.entrypoints\.(openai\.)?api_server", script) is not None
 
 
 def parse(script: str, known: Mapping[str, str], report: Report, where: str) -> Wanted:
@@ -78,8 +78,9 @@ def _simple_commands(script: str, where: str) -> list[list[str]]:
     """The words of each. A digit before ``>`` is a word of its own."""
     script = re.sub(r"\$\((\w+)\)", r"${\1}", script.replace("\\\n", " "))
     script = re.sub(r"\$\([^()]*\)|`[^`]*`", _OUTPUT, script)
-    lines = [line for line in script.splitlines() if not line.lstrip().startswith("#")]
-    lexer = shlex.shlex("\n".join(lines), posix=True, punctuation_chars=_PUNCTUATION)
+    lexer = shlex.shlex(
+        "\n".join(map(_without_comment, script.splitlines())), posix=True, punctuation_chars=_PUNCTUATION
+    )
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
     commands: list[list[str]] = [[]]
     try:
@@ -93,6 +94,15 @@ def _simple_commands(script: str, where: str) -> list[list[str]]:
     return [command for command in commands if command]
 
 
+def _without_comment(line: str) -> str:
+    """A # that follows a blank begins one, unless it is quoted."""
+    for found in re.finditer(r"(?:^|(?<=\s))#", line):
+        before = line[: found.start()]
+        if before.count("'") % 2 == before.count('"') % 2 == 0:
+            return before
+    return line
+
+
 def _without_redirections(words: list[str], report: Report) -> list[str]:
     kept: list[str] = []
     skip = False
@@ -104,8 +114,6 @@ def _without_redirections(words: list[str], report: Report) -> list[str]:
             if kept and kept[-1].isdecimal() and len(kept[-1]) == 1:
                 kept.pop()
             report("replaced", "redirection: what vLLM prints is the container's log")
-        elif word.startswith("#"):
-            break
         else:
             kept.append(word)
     return kept

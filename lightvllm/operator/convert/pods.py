@@ -73,6 +73,10 @@ def _group(node: Node) -> Group:
             if _UNKNOWN.fullmatch(name):
                 raise quantity.error("is asked for; lightvllm runs vLLM on GPUs and CPUs")
             if GPUS.fullmatch(name):
+                if name in found and str(found[name].value) != str(quantity.value):
+                    raise quantity.error(
+                        f"is {quantity.value!r}, and requests say {found[name].value!r}; they must agree"
+                    )
                 found[name] = quantity
     if len(found) > 1:
         raise resources.error(f"asks for {' and '.join(found)}; expected one kind of GPU")
