@@ -400,6 +400,17 @@ EFFECTS = [
         lambda o: o.one("NetworkPolicy", "llama-api")["spec"]["ingress"][0].get("from"),
         [{"podSelector": {}}],
     ),
+    effect("network.ipFamily", {"network": {"ipFamily": "IPv6"}}, option("--host"), "::"),
+    effect(
+        "network.ipFamily",
+        {**PAIR, "network": {"ipFamily": "IPv6"}},
+        lambda o: (
+            o.container["livenessProbe"]["exec"]["command"][-1],
+            "lightvllm worker --listen [::]:50051 " in o.words[2],
+        ),
+        ("::1", True),
+        PAIR,
+    ),
     effect("network.policy", {"network": {"policy": False}}, lambda o: o.of("NetworkPolicy"), []),
     effect(
         "autoscaling.kind",

@@ -43,7 +43,7 @@ class Pod:
             stub.write_text(STUB)
             stub.chmod(0o755)
         self.process = subprocess.Popen(
-            ["bash", "-c", scripts.run(2), "run", "server", "a b", "--c=d"],
+            ["bash", "-c", scripts.run(2, "::"), "run", "server", "a b", "--c=d"],
             env={
                 **os.environ,
                 "PATH": f"{folder}:{os.environ['PATH']}",
@@ -80,7 +80,7 @@ def pod(folder: Path, index: int) -> Iterator[Pod]:
 
 def test_the_leader_runs_workers_and_server_and_ends_the_server_first(tmp_path: Path) -> None:
     with pod(tmp_path, 0) as leader:
-        leader.wait_for("lightvllm began worker --listen 0.0.0.0:50051 --workers 2", "server began a b --c=d")
+        leader.wait_for("lightvllm began worker --listen [::]:50051 --workers 2", "server began a b --c=d")
         leader.process.send_signal(signal.SIGTERM)
         assert leader.status() == 143
         assert leader.lines()[-2:] == ["server ended", "lightvllm ended"]
@@ -189,6 +189,25 @@ def test_probe(api: int, index: int, path: str, workers_listen: bool, well: bool
         environ = {**os.environ, "LWS_WORKER_INDEX": str(index), "http_proxy": "http://127.0.0.1:1"}
         ran = subprocess.run(command, env=environ, capture_output=True, timeout=LIMIT, check=False)
     assert (ran.returncode == 0) is well, ran.stderr
+
+
+class Health6(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
+def test_probe_of_a_pod_that_has_ipv6_alone() -> None:
+    try:
+        server = Health6(("::1", 0), Health)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_port
+        command = scripts.ask("/health", tls=False, workers=1, worker_port=port, http_port=port, host="::1")
+        environ = {**os.environ, "LWS_WORKER_INDEX": "0"}
+        ran = subprocess.run(command, env=environ, capture_output=True, timeout=LIMIT, check=False)
+        server.shutdown()
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_the_leaders_probe_fails_where_nothing_is_served() -> None:

@@ -385,6 +385,9 @@ class Network(Model):
     host_ipc: bool = Field(default=False, alias="hostIPC")
     """Share the node's IPC namespace and /dev/shm, so that NCCL's shared memory crosses pods of one node. Only for pods
     that hold a share of a stage: everything else in that namespace can be reached, too."""
+    ip_family: Literal["IPv4", "IPv6"] = "IPv4"
+    """IPv6 where pods have no IPv4 address: the servers listen on :: in place of 0.0.0.0. A custom engine sees to it
+    itself."""
     shm_size: Size = "8Gi"
     """Most bytes of /dev/shm, which is memory and counts as the pod's. With hostIPC it is the node's, and this says
     nothing."""

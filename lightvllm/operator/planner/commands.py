@@ -25,6 +25,8 @@ SGLANG_PORT = 20000
 
 DRIVER_FOLDER, TLS_FOLDER = "/etc/lightvllm/driver", "/tls"
 IMAGES = {"lightvllm": "lightvllm:latest", "vllm": "lightvllm-vllm:latest"}
+EVERYWHERE = {"IPv4": "0.0.0.0", "IPv6": "::"}  # noqa: S104  as pods are reached; NetworkPolicies say by whom
+LOOPBACK = {"IPv4": "127.0.0.1", "IPv6": "::1"}
 EXECUTOR = "lightvllm.adapters.vllm.KubernetesExecutor"
 
 
@@ -130,11 +132,11 @@ def _beside_workers(
     leave = scripts.leave(drain.pause_seconds, drain.pause_seconds + drain.timeout_seconds)
     ports = [WORKER_PORT + number for number in range(layout.per_pod)]
     return Running(
-        ["bash", "-c", scripts.run(layout.per_pod), "run"],
+        ["bash", "-c", scripts.run(layout.per_pod, EVERYWHERE[spec.network.ip_family]), "run"],
         server,
         env,
-        _ask(spec, layout, ready),
-        _ask(spec, layout, live),
+        _ask(spec, layout.per_pod, ready),
+        _ask(spec, layout.per_pod, live),
         {"exec": {"command": ["bash", "-c", leave]}},
         group_files=True,
         # The first one's name is that of the headless Service's port.
@@ -161,7 +163,7 @@ def _sglang(inference: LLMInference, layout: Layout, names: Names, group: int) -
     # Every node answers /health, the leader's API is behind the same port; without TLS where it is not the leader's.
     probe = _http(spec, "/health")
     if spec.tls is not None and layout.pods > 1:
-        probe = {"exec": {"command": scripts.ask("/health", tls=True, workers=1, worker_port=HTTP_PORT)}}
+        probe = _ask(spec, 1, "/health", HTTP_PORT)
     return Running([*server, *spec.engine.args], [], _key("API_KEY", spec), probe, probe, _pause(spec))
 
 
@@ -187,7 +189,7 @@ def _common(inference: LLMInference) -> list[str]:
     tls = [f"--ssl-certfile={TLS_FOLDER}/tls.crt", f"--ssl-keyfile={TLS_FOLDER}/tls.key"]
     return [
         f"--served-model-name={_literal(inference.served_model_name)}",
-        "--host=0.0.0.0",
+        f"--host={EVERYWHERE[inference.spec.network.ip_family]}",
         f"--port={HTTP_PORT}",
         *(tls if inference.spec.tls is not None else []),
     ]
@@ -221,5 +223,7 @@ def _http(spec: Spec, path: str) -> dict[str, Any]:
     return {"httpGet": {"path": path, "port": "http", "scheme": "HTTPS" if spec.tls is not None else "HTTP"}}
 
 
-def _ask(spec: Spec, layout: Layout, path: str) -> dict[str, Any]:
-    return {"exec": {"command": scripts.ask(path, tls=spec.tls is not None, workers=layout.per_pod)}}
+def _ask(spec: Spec, workers: int, path: str, worker_port: int = WORKER_PORT) -> dict[str, Any]:
+    host = LOOPBACK[spec.network.ip_family]
+    command = scripts.ask(path, tls=spec.tls is not None, workers=workers, worker_port=worker_port, host=host)
+    return {"exec": {"command": command}}

@@ -50,23 +50,25 @@ done
 # http.client heeds no proxy. The certificate is for the names that clients use, so that it cannot be checked here.
 _ASK = """\
 import http.client, os, socket, ssl, sys
-path, secure, workers = sys.argv[1], sys.argv[2] == "https", int(sys.argv[3])
+path, secure, workers, host = sys.argv[1], sys.argv[2] == "https", int(sys.argv[3]), sys.argv[4]
 for number in range(workers):
-    socket.create_connection(("127.0.0.1", {worker_port} + number), {seconds}).close()
+    socket.create_connection((host, {worker_port} + number), {seconds}).close()
 if os.environ["LWS_WORKER_INDEX"] == "0":
     context = {{"context": ssl._create_unverified_context()}} if secure else {{}}
     connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    server = connect("127.0.0.1", {http_port}, timeout={seconds}, **context)
+    server = connect(host, {http_port}, timeout={seconds}, **context)
     server.request("GET", path)
     sys.exit(server.getresponse().status != 200)
 """
 
 
-def run(workers: int) -> str:
-    """For bash: that many worker servers, and in the leader the command that follows as arguments."""
+def run(workers: int, host: str) -> str:
+    """For bash: that many worker servers, listening on ``host``, and in the leader the command that follows as
+    arguments."""
+    address = f"[{host}]" if ":" in host else host
     return _RUN.format(
         worker=(
-            f"lightvllm worker --listen 0.0.0.0:{WORKER_PORT} --workers {workers}"
+            f"lightvllm worker --listen {address}:{WORKER_PORT} --workers {workers}"
             f" --token-file {WORKERS_FOLDER}/token --tls-cert {WORKERS_FOLDER}/cert.pem"
             f" --tls-key {WORKERS_FOLDER}/key.pem --tls-ca {WORKERS_FOLDER}/ca.pem"
         )
@@ -84,10 +86,18 @@ def leave(pause: int, most: int, port: int = WORKER_PORT) -> str:
     return _LEAVE.format(pause=pause, most=most, port=port)
 
 
-def ask(path: str, *, tls: bool, workers: int, worker_port: int = WORKER_PORT, http_port: int = HTTP_PORT) -> list[str]:
+def ask(
+    path: str,
+    *,
+    tls: bool,
+    workers: int,
+    worker_port: int = WORKER_PORT,
+    http_port: int = HTTP_PORT,
+    host: str = "127.0.0.1",
+) -> list[str]:
     """The command of a probe: whether the worker servers listen and, in the leader, the API answers ``path`` with 200.
 
     The kubelet's own gRPC probes know no TLS, and what is to be asked differs between leader and workers.
     """
     script = _ASK.format(worker_port=worker_port, http_port=http_port, seconds=ANSWER_SECONDS)
-    return ["python3", "-c", script, path, "https" if tls else "http", str(workers)]
+    return ["python3", "-c", script, path, "https" if tls else "http", str(workers), host]
