@@ -49,6 +49,15 @@ def test_the_holder_of_the_ticket_is_connected(listen: Any, tmp_path: Path, kind
     assert list(tmp_path.iterdir()) == []
 
 
+def test_all_addresses_are_those_of_ipv4_too(listen: Any) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no sockets of both families")
+    listener = listen("::")
+    ours = connect(f"127.0.0.1:{listener.address.rpartition(':')[2]}", listener.ticket, 1 << 20, LIMIT)
+    listener.accepted.result(LIMIT).close()
+    ours.close()
+
+
 def has_ipv6() -> bool:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()

@@ -76,7 +76,8 @@ class TicketListener:
             self.address = listen
         else:
             family = socket.AF_INET6 if ":" in listen else socket.AF_INET
-            self._socket = socket.create_server((listen, 0), family=family, backlog=_STRANGERS)
+            both = listen == "::" and socket.has_dualstack_ipv6()  # as gRPC's servers listen there
+            self._socket = socket.create_server((listen, 0), family=family, backlog=_STRANGERS, dualstack_ipv6=both)
             host = f"[{listen}]" if ":" in listen else listen
             self.address = f"{host}:{self._socket.getsockname()[1]}"
         self._socket.setblocking(False)
