@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,23 @@ def test_every_field_is_structural_and_described(path: str, field: dict[str, Any
 def test_kubernetes_knows_the_form() -> None:
     kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     kubernetes_validate.validate(crd.definition(), "1.36", strict=True)
+
+
+PAIRWISE = re.compile(r"self\.(\w+)\.all\((\w), self\.\1\.exists_one\((\w), \3\.(\w+) == \2\.\4\)\)")
+
+
+def test_an_api_server_goes_through_with_the_rules_that_compare_everything_with_everything() -> None:
+    """It refuses an object at a rule that takes more than a million steps: about ten for a comparison, and one for
+    every ten bytes that are compared (apiserver/pkg/apis/cel, PerCallLimit)."""
+    found = []
+    for path, field in [("spec", crd.schema()["properties"]["spec"]), *FIELDS]:
+        for rule in field.get("x-kubernetes-validations", ()):
+            for name, _, _, key in PAIRWISE.findall(rule["rule"]):
+                items = field["properties"][name]
+                length = items["items"]["properties"][key]["maxLength"]
+                found.append(f"{path}.{name}.{key}")
+                assert items["maxItems"] ** 2 * (10 + length / 10) < 1_000_000, found[-1]
+    assert found == ["spec.env.name", "spec.pod.volumes.name", "spec.pod.volumes.mountPath"]
 
 
 def test_its_subresources_and_columns_name_fields_that_are_there() -> None:

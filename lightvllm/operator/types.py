@@ -505,7 +505,7 @@ class Spec(Model):
     """Tokens per block of the KV cache; without it the engine's default. lightvllm always has 16."""
     pod: Pod = Pod()
     """Every pod of a group."""
-    env: list[EnvVar] = Field(default=[], max_length=256)
+    env: list[EnvVar] = Field(default=[], max_length=128)
     """Variables of every pod."""
     env_from: list[EnvFrom] = Field(default=[], max_length=32)
     """ConfigMaps and Secrets whose entries are variables of every pod."""
