@@ -392,7 +392,8 @@ class Network(Model):
     """Most bytes of /dev/shm, which is memory and counts as the pod's. With hostIPC it is the node's, and this says
     nothing."""
     clients: list[FreeForm] = Field(default=[], max_length=32)
-    """Who may reach the leader's API: peers as in a NetworkPolicy's from. Empty: everybody."""
+    """Who may reach the leader's API: peers as in a NetworkPolicy's from, the router and Prometheus among them. Empty:
+    everybody."""
     policy: bool = True
     """Make NetworkPolicies: only a group's own pods reach its workers."""
 
