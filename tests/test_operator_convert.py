@@ -488,3 +488,37 @@ def test_requests_and_limits_that_differ_are_refused() -> None:
     document = command("vllm serve m")
     at(document, *HEAD, *CONTAINER)["resources"]["requests"] = {"nvidia.com/gpu": 2}
     assert "is 1, and requests say 2; they must agree" in refused(document)
+
+
+def test_variables_of_a_runtime_env_are_carried_or_named_like_others() -> None:
+    variables = {"RAY_X": "1", "LWS_X": "2", "NCCL_DEBUG": "INFO", "VLLM_API_KEY": "sk-secret", "A": 5}
+    one = converted(serving(runtime_env={"env_vars": variables}))
+    place = "spec.serveConfigV2.applications[0].args.llm_configs[0].runtime_env.env_vars"
+    assert f"{place}.RAY_X" in notes(one, "replaced")
+    assert {f"{place}.LWS_X", f"{place}.VLLM_API_KEY"} <= notes(one, "lost").keys()
+    found = one.documents[0]["spec"]
+    assert found["network"]["nccl"]["NCCL_DEBUG"] == "INFO"
+    assert {"name": "A", "value": "5"} in found["env"]
+    assert "sk-secret" not in str(one)
+
+
+def test_no_key_where_none_is_wanted() -> None:
+    found = spec(load("cluster"), unauthenticated=True)
+    assert found["allowUnauthenticated"] is True
+    assert "apiKey" not in found
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("value", [None, {"a": 1}], ids=str)
+def test_values_of_any_kind_are_refused_in_one_line_or_taken(path: Path, value: Any) -> None:
+    document = next(yaml.safe_load_all(path.read_text()))
+    embedded = document["spec"].get("serveConfigV2")
+    refusals = 0
+    for inside, tree in ((False, document), (True, None if embedded is None else yaml.safe_load(embedded))):
+        for place in {leaf[:length]: None for leaf, _ in leaves(tree) for length in range(1, len(leaf) + 1)}:
+            changed = copy.deepcopy(tree)
+            at(changed, *place[:-1])[place[-1]] = value
+            result = outcome(with_serve(document, changed) if inside else changed)
+            assert not isinstance(result, str) or "\n" not in result
+            refusals += isinstance(result, str)
+    assert refusals

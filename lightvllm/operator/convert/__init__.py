@@ -23,7 +23,7 @@ import yaml
 from lightvllm.errors import ConfigError
 from lightvllm.operator import text
 from lightvllm.operator.convert import command, serve
-from lightvllm.operator.convert.options import PARALLEL, Wanted
+from lightvllm.operator.convert.options import PARALLEL, Variable, Wanted
 from lightvllm.operator.convert.pods import Group, Pods, chosen, groups
 from lightvllm.operator.convert.tracked import Ledger, Node, Note
 from lightvllm.operator.types import API_VERSION, MAX_NAME, LLMInference, Spec
@@ -196,7 +196,7 @@ def _wanted(root: Node, kind: str, spec: Node, head: Group, settings: Settings) 
         entrypoint = spec.at("entrypoint")
         if not isinstance(entrypoint.value, str) or not command.runs_vllm(entrypoint.value):
             raise entrypoint.error("does not run vllm serve; a job of another kind cannot be converted")
-        env: dict[str, str] = {}
+        env: dict[str, Variable] = {}
         runtime = spec.at("runtimeEnvYAML")
         if runtime:
             serve.environment(runtime.embedded(_embedded_yaml(runtime)), env)
@@ -244,7 +244,7 @@ def _script(nodes: list[Node], exact: bool) -> str:
     return " ".join('"' + re.sub(r'(["\\])', r"\\\1", word) + '"' for word in words)
 
 
-def _command(script: str, nodes: list[Node], group: Group, env: dict[str, str]) -> Wanted:
+def _command(script: str, nodes: list[Node], group: Group, env: dict[str, Variable]) -> Wanted:
     found = {}
     for variable in group.container.at("env").elements():
         if variable.at("value"):
@@ -253,7 +253,7 @@ def _command(script: str, nodes: list[Node], group: Group, env: dict[str, str]) 
     for node in nodes:
         node.take()
     where = f"{place.ledger.source}: {'.'.join(map(str, place.path[-1:]))}"
-    wanted = command.parse(script, found | env, place.reporter(), where)
+    wanted = command.parse(script, found | {name: each.value for name, each in env.items()}, place.reporter(), where)
     wanted.env = env | wanted.env
     return wanted
 
@@ -284,7 +284,9 @@ def _inference(
     for other in workers:
         if other is not group:
             other.node.lost("a group of another kind: all pods are like those of the first group with GPUs")
-    if not settings.unauthenticated and "apiKey" not in spec:
+    if settings.unauthenticated and spec.pop("apiKey", None) is not None:
+        root.ledger.note("replaced", ("spec",), "the key of VLLM_API_KEY: --allow-unauthenticated says none is needed")
+    elif not settings.unauthenticated and "apiKey" not in spec:
         secret = f"{metadata['name']}-{_API_KEY_ENTRY}"
         spec["apiKey"] = {"name": secret, "key": _API_KEY_ENTRY}
         why = f"requests need a key now, from the Secret {secret}; --allow-unauthenticated serves everybody"

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping
 
 from lightvllm.errors import ConfigError
-from lightvllm.operator.convert.options import KNOWN_FLAGS, MODEL_VALUED, SHORT, VALUED, Report, Wanted, apply
+from lightvllm.operator.convert.options import KNOWN_FLAGS, MODEL_VALUED, SHORT, VALUED, Report, Variable, Wanted, apply
 
 _PUNCTUATION = "();<>|&\n"
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
@@ -53,9 +53,9 @@ def parse(script: str, known: Mapping[str, str], report: Report, where: str) -> 
                 continue
             variables[name] = expanded
             if exported or start is not None:
-                wanted.env[name] = expanded
+                wanted.env[name] = Variable(expanded, report)
         if start is None:
-            if command and command[0] in _WAITING:
+            if command and (command[0] in _WAITING or "KUBERAY_GEN_" in command[0]):
                 report("replaced", "starting Ray and waiting for it: the leader waits for its workers by itself")
             elif command:
                 report("lost", f"command {command[0]}: the pods run vLLM alone; do it in the image")
@@ -69,7 +69,7 @@ def parse(script: str, known: Mapping[str, str], report: Report, where: str) -> 
         _read_options(wanted, command[start:], variables, report, where)
     if not found:
         raise ConfigError(f"{where} does not run vllm serve or vllm.entrypoints.openai.api_server as a command")
-    if wanted.model is None:
+    if not wanted.model:
         raise ConfigError(f"{where}: vLLM is run without a model that could be read; put it behind vllm serve")
     return wanted
 

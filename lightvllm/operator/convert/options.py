@@ -44,6 +44,14 @@ MODEL_VALUED = frozenset(
 """Of those that are passed on, some that take a value, so that a model may follow them."""
 
 
+@dataclass(frozen=True)
+class Variable:
+    """A variable's value, and whom to tell what becomes of it."""
+
+    value: str
+    report: Report
+
+
 @dataclass
 class Wanted:
     """What one vLLM server was asked to be.
@@ -55,14 +63,13 @@ class Wanted:
         args: for ``engine.args``.
         env: variables that win over those of the pods.
         name: added to the object's name where one document becomes several; None for none.
-        gpus_where: what says how many GPUs are needed, for errors.
     """
 
     model: str | None = None
     served: str | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     args: list[str] = field(default_factory=list)
-    env: dict[str, str] = field(default_factory=dict)
+    env: dict[str, Variable] = field(default_factory=dict)
     name: str | None = None
 
     @property

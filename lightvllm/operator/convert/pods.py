@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from lightvllm.operator.convert.options import Report, Variable
 from lightvllm.operator.convert.tracked import Node
 from lightvllm.operator.types import OWN_VOLUMES, RESERVED
 
@@ -94,14 +95,14 @@ def _group(node: Node) -> Group:
 class Pods:
     """Fills a spec from templates."""
 
-    def __init__(self, spec: dict[str, Any], env: dict[str, str]) -> None:
+    def __init__(self, spec: dict[str, Any], env: dict[str, Variable]) -> None:
         self.spec = spec
         self.pod: dict[str, Any] = {}
         self.network: dict[str, Any] = {}
         self.env: dict[str, dict[str, Any]] = {}
         self.env_from: list[dict[str, Any]] = []
-        for name, value in env.items():
-            self._place(name, {"value": value})
+        for name, variable in env.items():
+            self._add(name, {"value": variable.value}, variable.report)
 
     def carry(self, group: Group, world: int, image: str | None) -> None:
         """The template of ``group``, which the pods get. ``world`` is how many GPUs a replica needs."""
@@ -168,7 +169,7 @@ class Pods:
                 reference = source.at(found[0])
                 keys = {key: reference.at(key).take_text() for key in ("name", "key")}
                 entry = {"valueFrom": {found[0]: keys}}
-            self._report(variable, name, entry)
+            self._add(name, entry, variable.reporter())
         for source in container.at("envFrom").elements():
             made: dict[str, Any] = {}
             if source.at("prefix"):
@@ -185,17 +186,19 @@ class Pods:
         env = [{"name": name, **entry} for name, entry in self.env.items()]
         self.spec.update({name: value for name, value in {**found, "env": env}.items() if value})
 
-    def _report(self, variable: Node, name: str, entry: dict[str, Any]) -> None:
+    def _add(self, name: str, entry: dict[str, Any], report: Report) -> None:
         done = self._place(name, entry)
         if done == "ray":
-            variable.replaced("Ray's own, or set by the plan")
+            report("replaced", "Ray's own, or set by the plan")
         elif done == "reserved":
-            variable.lost("variables LWS_* and LIGHTVLLM_K8S_* are the plan's; use another name")
+            report("lost", "variables LWS_* and LIGHTVLLM_K8S_* are the plan's; use another name")
         elif done == "other":
-            variable.lost("the variable has another value elsewhere in the manifest, which wins")
+            report("lost", "the variable has another value elsewhere in the manifest, which wins")
+        elif done == "key":
+            report("lost", "a key does not belong into a manifest: put it into a Secret, named with --api-key-secret")
         elif re.search("TOKEN|SECRET|PASSWORD|API_KEY", name) and entry.get("value"):
-            variable.check(
-                "looks like a secret in the open; better put it into a Secret and use valueFrom.secretKeyRef"
+            report(
+                "check", "looks like a secret in the open; better put it into a Secret and use valueFrom.secretKeyRef"
             )
 
     def _place(self, name: str, entry: dict[str, Any]) -> str:
@@ -206,6 +209,8 @@ class Pods:
         if name == "VLLM_API_KEY" and "secretKeyRef" in entry.get("valueFrom", {}):
             found = self.spec.setdefault("apiKey", entry["valueFrom"]["secretKeyRef"])
             return "ok" if found == entry["valueFrom"]["secretKeyRef"] else "other"
+        if name == "VLLM_API_KEY" and "value" in entry:
+            return "key"
         if name.startswith("NCCL_") and "value" in entry and name not in self.env:
             nccl = self.network.setdefault("nccl", {})
             return "ok" if nccl.setdefault(name, entry["value"]) == entry["value"] else "other"

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lightvllm.operator.convert.options import Wanted, apply, apply_keyword
+from lightvllm.operator.convert.options import Variable, Wanted, apply, apply_keyword
 from lightvllm.operator.convert.tracked import Node
 
 BUILDERS = ("ray.serve.llm:build_openai_app", "ray.serve.llm:build_pd_openai_app", "ray.llm:build_openai_app")
@@ -35,11 +35,11 @@ def models(text: Node, prometheus: str | None) -> list[Wanted]:
     return found
 
 
-def environment(runtime_env: Node, env: dict[str, str]) -> None:
+def environment(runtime_env: Node, env: dict[str, Variable]) -> None:
     """The variables of a ``runtime_env``, added to ``env``, which wins."""
     for name, variable in runtime_env.at("env_vars").fields():
         value = variable.take_text() or ""
-        if env.setdefault(name, value) != value:
+        if env.setdefault(name, Variable(value, variable.reporter())).value != value:
             variable.lost("the model's own runtime_env has another value, which wins")
     for name, field in runtime_env.fields():
         if name != "env_vars":
@@ -62,7 +62,7 @@ def _application(application: Node, prometheus: str | None) -> list[Wanted]:
         route.take()
     else:
         route.lost("the API begins at /v1; a router or Ingress before it can add a prefix")
-    shared: dict[str, str] = {}
+    shared: dict[str, Variable] = {}
     environment(application.at("runtime_env"), shared)
     configs = application.at("args", "llm_configs") if isinstance(application.at("args").value, dict) else None
     if path == BUILDERS[1]:
@@ -76,7 +76,7 @@ def _application(application: Node, prometheus: str | None) -> list[Wanted]:
     return [_own_program(application, path, shared, prometheus)]
 
 
-def _llm_config(config: Node, shared: dict[str, str], prometheus: str | None) -> Wanted:
+def _llm_config(config: Node, shared: dict[str, Variable], prometheus: str | None) -> Wanted:
     if isinstance(config.value, str):
         raise config.error(f"names the file {config.value!r}, which is not part of the manifest; put its content here")
     wanted = Wanted()
@@ -84,10 +84,12 @@ def _llm_config(config: Node, shared: dict[str, str], prometheus: str | None) ->
     name = loading.at("model_id").take_text()
     source = loading.at("model_source")
     bucket = source.at("bucket_uri") if isinstance(source.value, dict) else None
-    if name is None:
+    if not name:
         raise config.error("has no model_loading_config.model_id")
     if bucket is not None:
         wanted.model = bucket.take_text()
+        if not wanted.model:
+            raise source.error("is an object without bucket_uri; expected that, or a model's name")
         bucket.check("Ray copied the bucket to its nodes; vLLM reads s3:// and gs:// by --load-format=runai_streamer")
     else:
         wanted.model = source.take_text() or name
@@ -110,7 +112,7 @@ def _llm_config(config: Node, shared: dict[str, str], prometheus: str | None) ->
     return wanted
 
 
-def _own_program(application: Node, path: str, env: dict[str, str], prometheus: str | None) -> Wanted:
+def _own_program(application: Node, path: str, env: dict[str, Variable], prometheus: str | None) -> Wanted:
     """As in KubeRay's samples of vLLM before Ray Serve LLM."""
     import_path, arguments = application.at("import_path"), application.at("args")
     wanted = Wanted()
@@ -123,8 +125,10 @@ def _own_program(application: Node, path: str, env: dict[str, str], prometheus: 
     ):
         if name in env:
             where = f"{application.ledger.source}: runtime_env.env_vars.{name}"
-            apply(wanted, flag, [env.pop(name)], application.at("runtime_env", "env_vars", name).reporter(), where)
-    if wanted.model is None:
+            apply(
+                wanted, flag, [env.pop(name).value], application.at("runtime_env", "env_vars", name).reporter(), where
+            )
+    if not wanted.model:
         raise import_path.error(
             f"is {path!r}, a program of your own that names no model in args.model or MODEL_ID; "
             "expected ray.serve.llm:build_openai_app"
