@@ -158,7 +158,7 @@ def _deployment(deployment: Node, wanted: Wanted, prometheus: str | None) -> Non
     if grace:
         wanted.fields["drain"] = {"timeoutSeconds": round(grace.take_number())}
     deployment.at("max_ongoing_requests").lost(
-        "vLLM queues what it cannot run; lightvllm router limits what one replica is sent"
+        "vLLM queues what it cannot run; lightvllm router --max-in-flight limits what a replica is sent"
     )
     for name in ("name", "ray_actor_options", "health_check_period_s", "health_check_timeout_s"):
         deployment.at(name).replaced(_OURS)
