@@ -31,7 +31,7 @@ demo: model
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest
 
-# Our executors under vLLM itself, its CPU build: ten minutes; smoke-vllm, a part of them: three.
+# Our executors under vLLM itself, its CPU build: a quarter of an hour; smoke-vllm, a part of them: half of that.
 test-vllm smoke-vllm: model
 	$(BIN)/python benchmarks/install_vllm.py .venv-vllm
 	.venv-vllm/bin/python -m pytest -m $(if $(filter smoke%,$@),smoke,vllm) $(wildcard tests/test_vllm_*.py)
