@@ -96,6 +96,8 @@ def test_what_is_only_begun_is_collected_in_any_order_and_finished_in_its_own() 
     go.set()
     assert [decode_reply("later", host.collect(number)) for number in (2, 0, 1)] == [2, 0, 1]
     assert finished == [0, 1, 2]
+    host._late.end()  # an actor's ends with its process
+    host._late.join(LIMIT)
 
 
 def test_a_call_before_start_is_an_error_and_no_crash() -> None:
