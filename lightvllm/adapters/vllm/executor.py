@@ -17,6 +17,7 @@ import os
 import pickle
 import threading
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, Literal
@@ -37,19 +38,17 @@ from lightvllm.adapters.vllm.worker import WorkerStart
 from lightvllm.backends.base import Backend, Placement, WorkerRef
 from lightvllm.config import ParallelConfig
 from lightvllm.errors import ConfigError, LightvllmError
-from lightvllm.executors.distributed import DistributedExecutor
+from lightvllm.executors.distributed import HEALTH_TIMEOUT, DistributedExecutor
 from lightvllm.executors.ranks import local_ranks
 
 # Below vLLM's own logger, whose handlers and format it so shares.
 logger = init_logger(f"vllm.{__name__}")
 
 WORKER_CLASS = "lightvllm.adapters.vllm.worker:VllmWorker"
-HEALTH_TIMEOUT = 10.0
 MAX_MESSAGE_BYTES = 2**36
 """For calls and replies, images in a step and weights in a call among them: vLLM's own executors have no limit. Servers
 that were started with ``lightvllm worker`` have one of their own, which counts then."""
 STEPS = frozenset(("execute_model", "sample_tokens"))
-
 
 _NONE: Future[None] = Future()
 _NONE.set_result(None)
@@ -122,9 +121,9 @@ class _BackendExecutor(Executor):  # type: ignore[misc]  # vLLM is not installed
         self.executor.register_failure_callback(lambda: (alive := failed()) and alive())
         _when_parent_ends(weakref.WeakMethod(self._orphaned))
 
+    @abstractmethod
     def _make_backend(self, settings: AdapterSettings) -> tuple[Backend, bool]:
         """The backend, and whether the workers will be children of this process on this machine."""
-        raise NotImplementedError
 
     def _placement(self, settings: AdapterSettings) -> Placement:
         # Local workers see the GPUs that this process sees, as those of vLLM's multiprocessing executor do, and take
